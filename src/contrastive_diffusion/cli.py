@@ -1,0 +1,362 @@
+"""``cdl``: the command. Errors are one line; exit code 2 for a mistake in the input, 1 for a failure, 130 for ctrl-C.
+
+Only the command that is asked for is imported, so ``cdl --help`` needs no torch.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
+
+from contrastive_diffusion.errors import RunError, UsageError, choose, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HELP = """Diffusion models whose denoiser is right where samplers actually go.
+
+Start with `cdl run dino`. Every command takes --threads N (default 1: more threads are slower beside any busy process)."""
+HELP_FLAGS = {"-h", "--help"}
+COMPLETION = {"--tyro-print-completion", "--tyro-write-completion"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw samples from a trained run or a toy's exact denoiser into a .npy file."""
+
+    source: Annotated[str, "positional"]
+    """A run folder, or a toy whose law is a mixture (dino, two-modes, ...)."""
+    out: str = "samples.npy"
+    """Where to write the array (n, *S)."""
+    n: int = 2000
+    """Number of samples."""
+    solver: Literal["ddpm", "ddim", "euler", "heun"] = "ddpm"
+    """Step map; ddpm and ddim use the DDPM grid, euler and heun EDM's."""
+    steps: int = 1000
+    """Steps of the grid."""
+    parallel: bool = False
+    """All steps at once (Picard iteration) instead of one after another."""
+    window: int | None = None
+    """Steps worked on at once by --parallel; the whole grid by default."""
+    tolerance: float = 0.1
+    """Of --parallel; 0 is exactly the sequential sample."""
+    seed: int = 0
+    """Sample i of a seed is the same whatever n."""
+    device: str = "cpu"
+    """Where the network runs: cpu, cuda, ..."""
+
+
+@dataclass(frozen=True)
+class EstimateCommand:
+    """Estimate log-likelihood ratios, negative log-likelihoods or noise levels of points, each with its error."""
+
+    what: Annotated[Literal["llr", "nll", "noise"], "positional"]
+    """llr: log p_zeta(x) - log p(x); nll: -log p(x); noise: how noisy is x."""
+    source: Annotated[str, "positional"]
+    """A run folder, or a toy whose law is a mixture."""
+    x: str | None = None
+    """A .npy or .csv file of points (N, D); draws of the source's data by default."""
+    n: int = 8
+    """Number of points to draw, or to read at most."""
+    zeta: float = 6.0
+    """Log-SNR of the noised law (llr)."""
+    corrupt: float | None = None
+    """Noise the points to this log-SNR first."""
+    logsnrs: tuple[float, ...] = (-6.0, -3.0, 0.0, 3.0, 6.0, 9.0, 12.0)
+    """Candidate levels (noise)."""
+    evals: int = 256
+    """Denoiser evaluations per point."""
+    seed: int = 0
+    """Of points and estimates."""
+    out: str | None = None
+    """Also write the numbers to this JSON file."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write report.html of a run folder again from its files."""
+
+    run: Annotated[str, "positional"]
+    """The run folder."""
+
+
+@dataclass(frozen=True)
+class List:
+    """List experiments, recipes, toys and what else can be named."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: its one-line help; ``options(args)``: its option type, a default of it, its full name and the arguments left; ``act``."""
+
+    help: str
+    options: Callable[[list[str]], "Parsed"]
+    act: Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What is left to parse once the names in front (experiment, recipe) are known."""
+
+    kind: Any
+    args: list[str]
+    prog: str
+    default: Any = None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line ``argv`` (``sys.argv[1:]`` by default) and returns its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args, threads = _threads(args)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        _dispatch(args, threads)
+    except UsageError as error:
+        return _fail(error, 2)
+    except RunError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; run the same command again to continue", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"cdl: {message}", file=sys.stderr)
+    return code
+
+
+def _threads(args: list[str]) -> tuple[list[str], int]:
+    if "--threads" not in args:
+        return args, 1
+    at = args.index("--threads")
+    value = args[at + 1] if at + 1 < len(args) else ""
+    require(value.isdigit() and int(value) >= 1, f"--threads {value}", "a number >= 1")
+    return args[:at] + args[at + 2 :], int(value)
+
+
+def _dispatch(args: list[str], threads: int) -> None:
+    import tyro
+
+    name = args[0] if args and not args[0].startswith("-") else ""
+    if not name:
+        tyro.cli(_all(bool(COMPLETION & set(args))), prog="cdl", description=HELP, args=args, config=(tyro.conf.OmitArgPrefixes,))
+        return
+    command = COMMANDS[choose(name, COMMANDS, "command")]
+    parsed = command.options(args[1:])
+    default = {} if parsed.default is None else {"default": parsed.default}
+    chosen = tyro.cli(parsed.kind, prog=f"cdl {parsed.prog}", args=parsed.args, **default)
+    from contrastive_diffusion.runs import tune_process
+
+    tune_process(threads)
+    command.act(chosen)
+
+
+def _all(whole: bool) -> Any:
+    """The union of all commands: with their options for shell completion, else only with what the help shows."""
+    import tyro
+
+    members = []
+    for key, command in COMMANDS.items():
+        kind, default = make_dataclass(key.title(), [], namespace={"__doc__": command.help}), {}
+        if whole and key == "run":
+            kind = make_dataclass("Run", [("experiment", _experiments())])
+        elif whole:
+            parsed = command.options([])
+            kind, default = parsed.kind, {} if parsed.default is None else {"default": parsed.default}
+        members.append(Annotated[kind, tyro.conf.subcommand(key, description=command.help, prefix_name=False, **default)])
+    return Union[tuple(members)]  # noqa: UP007
+
+
+def _experiments() -> Any:
+    import tyro
+
+    from contrastive_diffusion.experiments import load, summaries
+
+    kinds = {key: load(key).Config for key in summaries()}
+    return Union[  # noqa: UP007
+        tuple(
+            Annotated[kind, tyro.conf.subcommand(key, default=kind(), description=summaries()[key], prefix_name=False)] for key, kind in kinds.items()
+        )
+    ]
+
+
+def _simple(cls: type, name: str) -> Callable[[list[str]], Parsed]:
+    """Options of a dataclass of this module, whose fields marked "positional" are positional."""
+
+    def options(args: list[str]) -> Parsed:
+        import tyro
+
+        for field in fields(cls):
+            if get_args(field.type)[1:] == ("positional",):
+                field.type = cls.__annotations__[field.name] = tyro.conf.Positional[get_args(field.type)[0]]
+        return Parsed(cls, args, name)
+
+    return options
+
+
+def _take(args: list[str]) -> tuple[str | None, list[str]]:
+    """The name in front, if there is one, and the other arguments."""
+    return (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
+
+
+def _train_options(args: list[str]) -> Parsed:
+    from contrastive_diffusion.recipes import Train, recipe
+
+    name, args = _take(args)
+    return Parsed(Train, args, "train", recipe(Train, name, "train-"))
+
+
+def _run_options(args: list[str]) -> Parsed:
+    from contrastive_diffusion.experiments import load, summaries
+    from contrastive_diffusion.recipes import recipe
+
+    name, args = _take(args)
+    if name is None:
+        require(HELP_FLAGS & set(args), "no experiment", f"one of {', '.join(summaries())}", "try cdl run dino")
+        return Parsed(make_dataclass("Run", [("experiment", _experiments())]), args, "run")
+    config = load(name).Config
+    chosen, args = _take(args)
+    return Parsed(config, args, f"run {name}", recipe(config, chosen, f"{name}-"))
+
+
+def _act_list(_: List) -> None:
+    from importlib.resources import files
+
+    from contrastive_diffusion.data.toys import TOYS
+    from contrastive_diffusion.experiments import summaries
+    from contrastive_diffusion.parallel import SLOPES
+    from contrastive_diffusion.solvers import SOLVERS
+
+    print("experiments (cdl run NAME [RECIPE])")
+    for name, summary in summaries().items():
+        print(f"  {name:<12} {summary}")
+    recipes = sorted(f.name.removesuffix(".yaml") for f in (files("contrastive_diffusion") / "recipes").iterdir() if f.name.endswith(".yaml"))
+    for title, names in {"recipes": recipes, "toys": TOYS, "solvers": SOLVERS, "slopes": SLOPES}.items():
+        print(f"{title}\n  {', '.join(names)}")
+
+
+def _act_train(config: Any) -> None:
+    from contrastive_diffusion.runs import fit
+
+    fit(config)
+    print(f"trained: {config.out}\nnext: cdl sample {config.out} --parallel")
+
+
+def _act_run(config: Any) -> None:
+    import importlib
+
+    from contrastive_diffusion.report import write
+    from contrastive_diffusion.report.text import summary
+
+    folder = importlib.import_module(type(config).__module__).run(config)
+    page = write(folder)
+    print(summary(folder))
+    print(f"report: {page}")
+
+
+def _act_sample(options: Sample) -> None:
+    import io
+
+    import numpy as np
+
+    from contrastive_diffusion.checkpoints import write_atomic
+    from contrastive_diffusion.parallel import Parallel
+    from contrastive_diffusion.runs import named_denoiser
+    from contrastive_diffusion.sampling import Sequential
+    from contrastive_diffusion.schedules import ddpm, grid, karras
+    from contrastive_diffusion.solvers import SOLVERS
+
+    require(options.n >= 1, f"--n {options.n}", "at least 1")
+    denoiser, shape = named_denoiser(options.source)
+    if hasattr(denoiser, "to"):
+        denoiser = denoiser.to(options.device)  # pyright: ignore
+    solver = SOLVERS[options.solver]()
+    sampler = Parallel(solver, "picard", options.window, options.tolerance) if options.parallel else Sequential(solver)
+    levels = grid(ddpm() if options.solver in ("ddpm", "ddim") else karras(), options.steps)
+    with _bar(options) as bar:
+        drawn = sampler(denoiser, levels, (options.n, *shape), options.seed, device=options.device, watch=lambda seen: bar.update(seen.begin - bar.n))
+        bar.update(options.steps - bar.n)
+    buffer = io.BytesIO()
+    np.save(buffer, drawn.x.cpu().numpy())
+    write_atomic(Path(options.out), buffer.getvalue())
+    print(
+        f"{options.n} samples in {options.out}: {drawn.evals:,} evaluations ({drawn.evals / options.n:,.0f} a sample), {drawn.rounds} rounds, {drawn.seconds:.2f} s"
+    )
+
+
+def _bar(options: Sample) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=options.steps, desc="sample", unit="step", leave=False)
+
+
+def _act_estimate(options: EstimateCommand) -> None:
+    import json
+
+    from contrastive_diffusion.checkpoints import write_atomic
+
+    require(options.n >= 1, f"--n {options.n}", "at least 1")
+    points, rows, header = _estimate(options)
+    print("  ".join(f"{name:>16}" for name in ("x", *header)))
+    for point, row in zip(points.tolist(), rows, strict=True):
+        shown = "(" + ", ".join(f"{v:.3g}" for v in point[:3]) + (", ..." if len(point) > 3 else "") + ")"
+        print("  ".join(f"{v:>16}" for v in (shown, *(f"{v:.4f}" for v in row))))
+    if options.out:
+        named = [dict(zip(header, row, strict=True)) | {"x": point} for point, row in zip(points.tolist(), rows, strict=True)]
+        write_atomic(Path(options.out), json.dumps({"what": options.what, "source": options.source, "evals": options.evals, "rows": named}, indent=1))
+
+
+def _estimate(options: EstimateCommand) -> "tuple[Tensor, list[list[float]], list[str]]":
+    """Points (n, D), their rows of numbers, and the names of the columns."""
+    import torch
+
+    from contrastive_diffusion.denoisers import noised
+    from contrastive_diffusion.likelihood import llr, nll, noise_posterior
+    from contrastive_diffusion.recipes import load_array, load_data
+    from contrastive_diffusion.runs import Run, named_denoiser
+    from contrastive_diffusion.training import stream
+
+    denoiser, shape = named_denoiser(options.source)
+    if options.x is None:
+        data = options.source if hasattr(denoiser, "log_prob") else Run(Path(options.source)).recipe()["data"]
+        x = load_data(data).sample(options.n, stream(options.seed, "points"))
+    else:
+        x = load_array(Path(options.x))[: options.n]
+    require(x.shape[1:] == shape, f"points of shape {tuple(x.shape)}", f"(N, {', '.join(map(str, shape))}), as {options.source} was trained on")
+    if options.corrupt is not None:
+        x = noised(x, options.corrupt, stream(options.seed, "corrupt"))
+    exact = getattr(denoiser, options.what, None)
+    generator = stream(options.seed, options.what)
+    with torch.no_grad():
+        if options.what == "noise":
+            posterior = noise_posterior(denoiser, x, torch.tensor(options.logsnrs), options.evals, generator).exp()
+            return x, posterior.tolist(), [f"P({level:g})" for level in options.logsnrs]
+        result = llr(denoiser, x, options.zeta, options.evals, generator) if options.what == "llr" else nll(denoiser, x, options.evals, generator)
+        columns = [result.mean, result.stderr]
+        if exact is not None:
+            columns.append(exact(x, options.zeta) if options.what == "llr" else exact(x))
+    return x, torch.stack(columns, 1).tolist(), [f"{options.what}, nats", "standard error", "exact"][: len(columns)]
+
+
+def _act_report(options: Report) -> None:
+    from contrastive_diffusion.report import write
+
+    print(f"report: {write(options.run)}")
+
+
+COMMANDS: dict[str, Command] = {
+    "run": Command("Run an experiment, a table or figure of the paper: cdl run NAME [RECIPE].", _run_options, _act_run),
+    "train": Command("Train a denoiser, or resume: cdl train [RECIPE].", _train_options, _act_train),
+    "sample": Command("Draw samples, in sequence or in parallel.", _simple(Sample, "sample"), _act_sample),
+    "estimate": Command("Estimate likelihood ratios, likelihoods or noise levels.", _simple(EstimateCommand, "estimate"), _act_estimate),
+    "report": Command("Write the HTML page of a run again.", _simple(Report, "report"), _act_report),
+    "list": Command("List experiments, recipes, toys, solvers.", _simple(List, "list"), _act_list),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Data with an exact truth (``mixtures``), toy laws (``toys``) and, later, images."""

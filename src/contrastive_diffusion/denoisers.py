@@ -1,0 +1,210 @@
+r"""One protocol, and every convention of the field as an adapter at its edge.
+
+A denoiser is any callable ``denoiser(z, logsnr) -> eps_hat``: z (B, *S) on the variance-preserving channel, logsnr (B,) in nats,
+rows independent, eps_hat like z. Its ideal is :math:`\hat\epsilon(z,\alpha)=E[\epsilon|z]` (Wu et al. 2024, Eq. 1). Conditioning is
+closed over, never passed through. The denoiser of the *noised* data :math:`p_\zeta` is the same network read at another level
+(``at_noise``, Eq. 3), so everything that takes a denoiser takes a noised one. What this does not assume: that the denoiser is exact.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from contrastive_diffusion.channel import (
+    compose,
+    corrupt,
+    eps_from_v,
+    eps_from_x,
+    logsnr_of_sigma,
+    noise,
+    per_row,
+    sigma_of_logsnr,
+    signal,
+    v_from_eps,
+    x_from_eps,
+)  # fmt: skip
+from contrastive_diffusion.errors import RunError, choose, require
+from contrastive_diffusion.schedules import Table
+
+Prediction = Literal["eps", "x", "v"]
+FINEST = 12.4  # log-SNR (nats) beyond which data of unknown detail is taken as resolved: EDM's sigma of 0.002
+
+
+class Denoiser(Protocol):
+    """``denoiser(z, logsnr) -> eps_hat``: z (B, *S), logsnr (B,) nats, eps_hat like z. May carry ``finest``, see ``finest_of``."""
+
+    def __call__(self, z: Tensor, logsnr: Tensor, /) -> Tensor: ...
+
+
+def finest_of(denoiser: Denoiser) -> float:
+    """Log-SNR (nats) at which the data's finest detail is resolved: the denoiser's own ``finest`` if it has one, else ``FINEST``.
+
+    It places the points of likelihood integrals and so decides their variance, never their expectation.
+    """
+    return float(getattr(denoiser, "finest", FINEST))
+
+
+def evaluate(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int = 16384) -> Tensor:
+    """``denoiser(z, logsnr)`` in calls of at most ``max_rows`` rows (4k to 16k is fastest on a CPU), with the contract checked."""
+    logsnr = logsnr.to(z.dtype)
+    if len(z) <= max_rows:
+        eps_hat = denoiser(z, logsnr)
+        require(eps_hat.shape == z.shape, f"a denoiser that returns {tuple(eps_hat.shape)}", f"the shape of z, {tuple(z.shape)}")
+        return eps_hat
+    return torch.cat([evaluate(denoiser, zs, ls, max_rows) for zs, ls in zip(z.split(max_rows), logsnr.split(max_rows), strict=True)])
+
+
+def at_noise(denoiser: Denoiser, zeta: Tensor | float) -> Denoiser:
+    r"""The denoiser of :math:`p_\zeta`: :math:`(z,\alpha)\mapsto b\,\hat\epsilon(z,\beta)` (Eq. 3, 5). ``zeta`` a number or (B,), nats.
+
+    Composes: ``at_noise(at_noise(d, z1), z2)`` is ``at_noise(d, compose(z1, z2)[0])``.
+    """
+
+    def noised(z: Tensor, logsnr: Tensor) -> Tensor:
+        beta, b = compose(logsnr, torch.as_tensor(zeta, device=z.device).to(logsnr.dtype))
+        return per_row(b, z) * denoiser(z, beta)
+
+    return noised
+
+
+class Bounded(torch.nn.Module):
+    r"""A denoiser trusted on [low, high] only, continued to every log-SNR.
+
+    Above ``high`` the score is held: the law is taken to have no detail finer than ``high`` shows, so
+    :math:`\hat\epsilon(z,\alpha)\propto\sqrt{\sigma(-\alpha)}` falls to zero and likelihood integrals converge. Below ``low``
+    :math:`\hat x` is held. Inside nothing changes. Plain clamping of the level does neither, and its integrals diverge.
+    """
+
+    def __init__(self, denoiser: Denoiser, low: float, high: float):
+        super().__init__()
+        require(math.isfinite(low) and math.isfinite(high) and low < high, f"a range from {low} to {high}", "finite, low < high")
+        self.denoiser, self.low, self.high = denoiser, low, high
+        self.finest = high
+
+    def forward(self, z: Tensor, logsnr: Tensor) -> Tensor:
+        inside = logsnr.clamp(self.low, self.high)
+        scale = per_row(signal(inside) / signal(logsnr), z)  # to z at the clamped level, the clean coordinate y = z / signal held
+        held = self.denoiser(torch.where(per_row(logsnr > self.high, z) > 0, z * scale, z), inside)
+        above = held * per_row(noise(logsnr) * signal(logsnr) / (noise(inside) * signal(inside)), z)
+        below = eps_from_x(z, logsnr, x_from_eps(z, inside, held))
+        level = per_row(logsnr, z)
+        return torch.where(level > self.high, above, torch.where(level < self.low, below, held))
+
+
+def from_edm(net: Callable[..., Tensor], class_labels: Tensor | None = None) -> Denoiser:
+    """The denoiser of an EDM network ``net(y, sigma[, class_labels]) -> D`` (Karras et al. 2022): y = x + sigma eps (B, *S), sigma (B,).
+
+    ``class_labels``: (B, labels) or (1, labels), closed over. ``finest`` follows the network's ``sigma_min`` where it has one.
+    """
+
+    def denoiser(z: Tensor, logsnr: Tensor) -> Tensor:
+        sigma = sigma_of_logsnr(logsnr)
+        y = z / per_row(signal(logsnr), z)
+        labels = () if class_labels is None else (class_labels.expand(len(z), -1),)
+        return (y - net(y, sigma, *labels).to(z.dtype)) / per_row(sigma, z)
+
+    sigma_min = float(getattr(net, "sigma_min", 0.0) or 0.0)
+    denoiser.finest = float(logsnr_of_sigma(sigma_min)) if sigma_min > 0 else FINEST  # pyright: ignore[reportFunctionMemberAccess]
+    return denoiser
+
+
+def to_edm(denoiser: Denoiser) -> Callable[[Tensor, Tensor], Tensor]:
+    """The inverse of ``from_edm``: ``D(y, sigma)`` from a denoiser, for k-diffusion and EDM samplers."""
+
+    def net(y: Tensor, sigma: Tensor) -> Tensor:
+        logsnr = logsnr_of_sigma(sigma)
+        return y - per_row(sigma, y) * denoiser(y * per_row(signal(logsnr), y), logsnr)
+
+    return net
+
+
+class FromTimesteps(torch.nn.Module):
+    """The denoiser of a network indexed by timestep; see ``from_timesteps``."""
+
+    def __init__(self, net: Callable[..., Any], table: Table, predicts: Prediction, rounded: bool):
+        super().__init__()
+        self.net, self.table, self.predicts, self.rounded = net, table, predicts, rounded
+        self.low, self.high = float(table.logsnrs[-1]), float(table.logsnrs[0])
+        self.finest = self.high
+        self._warned = False
+
+    def forward(self, z: Tensor, logsnr: Tensor) -> Tensor:
+        self._warn(logsnr)
+        t = self.table.inverse(logsnr)
+        t = t.round().long() if self.rounded else t.to(z.dtype)
+        out = self.net(z, t)
+        out = getattr(out, "sample", out)
+        return TO_EPS[self.predicts](z, logsnr, out)
+
+    def _warn(self, logsnr: Tensor) -> None:
+        slack = 1e-4  # float32 rounding of the table's own ends
+        if not self._warned and bool(((logsnr < self.low - slack) | (logsnr > self.high + slack)).any()):
+            self._warned = True
+            warnings.warn(
+                f"log-SNR from {float(logsnr.min()):.2f} to {float(logsnr.max()):.2f} reaches outside the timestep table's "
+                f"[{self.low:.2f}, {self.high:.2f}]; the timestep is clamped there (wrap in Bounded to continue the score instead)",
+                stacklevel=3,
+            )
+
+
+def from_timesteps(net: Callable[..., Any], table: Table | Tensor, predicts: Prediction = "eps", rounded: bool = False) -> FromTimesteps:
+    """The denoiser of ``net(z, t) -> eps | x | v`` (B, *S) trained on integer timesteps t = 0 .. T-1 of a log-SNR ``table`` (T,).
+
+    Timesteps are interpolated in log-SNR, exact at the integers; ``rounded=True`` gives the nearest integer (int64). Levels outside the
+    table are clamped, with one warning. A diffusers output object is unwrapped (``.sample``).
+    """
+    choose(predicts, TO_EPS, "prediction")
+    return FromTimesteps(net, table if isinstance(table, Table) else Table(torch.as_tensor(table)), predicts, rounded)
+
+
+def to_timesteps(denoiser: Denoiser, table: Table, predicts: Prediction = "eps") -> Callable[[Tensor, Tensor], Tensor]:
+    """The inverse of ``from_timesteps``: ``net(z, t) -> eps | x | v`` for (fractional) timesteps of ``table``."""
+    choose(predicts, FROM_EPS, "prediction")
+
+    def net(z: Tensor, t: Tensor) -> Tensor:
+        logsnr = table(t.double() / (len(table.logsnrs) - 1)).to(z.dtype)
+        return FROM_EPS[predicts](z, logsnr, denoiser(z, logsnr))
+
+    return net
+
+
+class Counted:
+    """Counts what a denoiser is asked: ``rows`` evaluations in ``calls`` calls."""
+
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser, self.rows, self.calls = denoiser, 0, 0
+        self.finest = finest_of(denoiser)
+
+    def __call__(self, z: Tensor, logsnr: Tensor) -> Tensor:
+        self.rows, self.calls = self.rows + len(z), self.calls + 1
+        return self.denoiser(z, logsnr)
+
+
+def noised(x: Tensor, logsnr: Tensor | float, generator: torch.Generator | None = None) -> Tensor:
+    """A draw of the channel at ``logsnr`` from x (B, *S), with fresh noise of ``generator`` (on the generator's device)."""
+    device = generator.device if generator is not None else x.device
+    return corrupt(x, logsnr, torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device))
+
+
+def check_data(x: Tensor, what: str = "x") -> Tensor:
+    """x (B, *S) if it is a non-empty, finite, floating-point batch; otherwise one line that says what it is."""
+    require(isinstance(x, Tensor), f"{what} of type {type(x).__name__}", "a torch tensor (B, *S)", "torch.as_tensor(x)")
+    require(x.is_floating_point(), f"{what} of dtype {x.dtype}", "a floating-point tensor", "x.float()")
+    require(x.dim() >= 2, f"{what} of shape {tuple(x.shape)}", "a batch (B, *S)", "x[None] for one item, x[:, None] for scalars")
+    require(x.numel() > 0, f"{what} of shape {tuple(x.shape)}", "at least one row")
+    require(bool(x.isfinite().all()), f"{what} with {int((~x.isfinite()).sum())} non-finite values", "finite values", "clean the data")
+    return x
+
+
+def stop_if_nonfinite(value: Tensor, what: str) -> None:
+    """Raises ``RunError`` when a result is NaN or infinite: nothing is repaired silently."""
+    if not bool(value.isfinite().all()):
+        raise RunError(f"given non-finite {what}, expected finite numbers; lower the learning rate or look at the inputs of that step")
+
+
+TO_EPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"eps": lambda z, _, out: out, "x": eps_from_x, "v": eps_from_v}
+FROM_EPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"eps": lambda z, _, out: out, "x": x_from_eps, "v": v_from_eps}

@@ -1,0 +1,56 @@
+"""A common start and branches at equal denoiser evaluations: what the comparisons of plain and contrastive training share."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from contrastive_diffusion.recipes import Loss, Net, Train
+from contrastive_diffusion.runs import Task, fit, work
+from contrastive_diffusion.training import Training
+
+
+class Branching(Protocol):
+    """The fields of an experiment's recipe that describe its training."""
+
+    @property
+    def out(self) -> str: ...
+    @property
+    def net(self) -> Net: ...
+    @property
+    def base(self) -> Training: ...
+    @property
+    def branch(self) -> Training: ...
+    @property
+    def loss(self) -> Loss: ...
+
+
+def branch_recipes(config: Branching, data: str, names: Sequence[str]) -> dict[str, Train]:
+    """Recipes of "base" and of each branch; every branch takes as many steps as cost the evaluations of the contrastive one.
+
+    "plain" continues as the base was trained; "uniform" the same with levels uniform in log-SNR; "contrastive" adds the contrastive loss.
+    """
+    plain = Loss(denoising=config.loss.denoising)
+    losses = {"plain": plain, "uniform": Loss(denoising="uniform"), "contrastive": config.loss}
+    batch, start = config.branch.batch, f"{config.out}/base"
+    budget = config.branch.steps * config.loss.build().evals(batch)
+    recipes = {"base": Train(data=data, out=start, net=config.net, loss=plain, training=config.base)}
+    for name in names:
+        training = dataclasses.replace(config.branch, steps=round(budget / losses[name].build().evals(batch)))
+        recipes[name] = Train(data=data, out=f"{config.out}/{name}", init=start, net=config.net, loss=losses[name], training=training)
+    return recipes
+
+
+def train_branches(recipes: dict[str, Train], jobs: int, meanwhile: list[Task] | None = None) -> None:
+    """Trains the base, beside ``meanwhile``, then the branches side by side; finished ones are left as they are."""
+    work([(fit_branch, (recipes["base"],)), *(meanwhile or [])], jobs)
+    work([(fit_branch, (recipe,)) for name, recipe in recipes.items() if name != "base"], jobs)
+
+
+def fit_branch(recipe: Train, position: int = 0) -> None:
+    fit(recipe, position=position, label=f"train {Path(recipe.out).name}")
+
+
+def spent(recipes: dict[str, Train]) -> dict[str, int]:
+    """Denoiser evaluations of each branch after the common start."""
+    return {name: recipes[name].training.steps * recipes[name].loss.build().evals(recipes[name].training.batch) for name in recipes if name != "base"}

@@ -1,0 +1,207 @@
+r"""What a denoiser says about densities: denoising errors, nll, likelihood ratios, noise posteriors, each with its standard error.
+
+An optimal denoiser fixes the density of the data and of its noised versions (Kong et al. 2023; Wu et al. 2024, Eq. 2, 3):
+
+.. math:: -\log p_\zeta(x) = c + \tfrac12\int E_\epsilon\|\epsilon - b\,\hat\epsilon(z_\alpha,\beta)\|^2 d\alpha,
+          \qquad z_\alpha=\sqrt{\sigma(\alpha)}x+\sqrt{\sigma(-\alpha)}\epsilon,
+
+with :math:`(\beta, b)` of ``channel.compose(alpha, zeta)`` and the same c for every :math:`\zeta`. Their differences are likelihood
+ratios; the paper's Eq. 8 lacks the 1/2. Both terms of a ratio are read at the SAME :math:`(\alpha,\epsilon)`, which removes most of the
+variance. The integral runs over the whole line: points follow a plateau with exponential tails, one per stratum, so nothing is
+truncated and the estimate is unbiased for any denoiser whose error settles in the tails (networks: see ``denoisers.Bounded``).
+Where the plateau lies decides the variance only: from below the coarser to above the finer of the two scales at which the integrand
+changes, :math:`\zeta` and the data's finest detail.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from contrastive_diffusion.channel import as_logsnr, compose, corrupt, per_row
+from contrastive_diffusion.denoisers import Denoiser, check_data, evaluate, finest_of
+from contrastive_diffusion.errors import require
+from contrastive_diffusion.schedules import Plateau, slope
+
+MARGIN = 3.0  # nats by which the plateau reaches beyond the scales it must cover
+LIMIT = 30.0  # |zeta| (nats) beyond which float32 data cannot tell the levels apart
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A Monte Carlo result in nats: ``mean`` and ``stderr`` (B,) or (B, L), ``evals`` denoiser evaluations spent per row of x."""
+
+    mean: Tensor
+    stderr: Tensor
+    evals: int
+
+
+def llr(
+    denoiser: Denoiser,
+    x: Tensor,
+    zeta: Tensor | float,
+    evals: int = 64,
+    generator: torch.Generator | None = None,
+    *,
+    finest: float | None = None,
+    max_rows: int = 16384,
+) -> Estimate:
+    r""":math:`\log p_\zeta(x)-\log p(x)` in nats, differentiable through ``mean``.
+
+    Args:
+        denoiser: of the data p.
+        x: (B, *S) clean or noised points; any x, not only likely ones.
+        zeta: log-SNR of the noised law, a number or (B,), within +-30 nats.
+        evals: denoiser evaluations per row, at least 4 (two points of two evaluations).
+        finest: log-SNR of the data's finest detail; ``finest_of(denoiser)`` by default. Affects the variance only.
+        max_rows: rows per denoiser call; bounds memory.
+
+    Raises:
+        UsageError: for empty, non-finite or non-floating x, zeta out of range, evals too small.
+    """
+    points = _points(evals, 2, "two points of two evaluations, for a standard error")
+    zeta = _level(zeta, check_data(x))
+    finest = finest_of(denoiser) if finest is None else finest
+    low, high = zeta.clamp(max=finest)[:, None] - MARGIN, finest + MARGIN
+    parts = []
+    for rows in _chunks(len(x), max_rows // (2 * points)):
+        logsnr, weight, eps, z = _draw(x[rows], Plateau(low[rows], high), points, generator)
+        beta, b = compose(logsnr, zeta[rows, None])
+        clean, noised = _read(denoiser, z, torch.stack([logsnr, beta]), max_rows)
+        noised = noised * per_row(b, z)
+        # |eps - clean|^2 - |eps - noised|^2 as a product: no cancellation of squares where the two levels meet.
+        parts.append(0.5 * weight.to(x.dtype) * ((noised - clean) * (2 * eps - clean - noised)).flatten(2).sum(2))
+    return _mean(parts, 2 * points)
+
+
+def nll(
+    denoiser: Denoiser,
+    x: Tensor,
+    evals: int = 128,
+    generator: torch.Generator | None = None,
+    *,
+    spectrum: Tensor | None = None,
+    finest: float | None = None,
+    max_rows: int = 16384,
+) -> Estimate:
+    r""":math:`-\log p(x)` in nats, as a correction to a Gaussian with the covariance eigenvalues :math:`e^{\lambda_i}` (Kong et al. 2023).
+
+    :math:`h_g+\frac12\int[E\|\epsilon-\hat\epsilon\|^2-\sum_i\sigma(\alpha+\lambda_i)]d\alpha`, exact for any baseline;
+    :math:`h_g=\frac d2\log 2\pi e+\frac12\sum\lambda_i`. Past the finest detail the noise energy :math:`\|\epsilon\|^2` is replaced by its mean d.
+
+    Args:
+        spectrum: :math:`\lambda`, log-eigenvalues of the data's covariance, (d,); zeros (unit variance) by default.
+        evals: denoiser evaluations per row, at least 2. Others as for ``llr``.
+    """
+    points, dim = _points(evals, 1, "two points, for a standard error"), check_data(x)[0].numel()
+    spectrum = torch.zeros(dim) if spectrum is None else torch.as_tensor(spectrum)
+    require(spectrum.shape == (dim,), f"a spectrum of shape {tuple(spectrum.shape)}", f"({dim},), one log-eigenvalue per dimension of x")
+    spectrum = spectrum.to(x.device, torch.float64)
+    finest = finest_of(denoiser) if finest is None else finest
+    entropy = 0.5 * (dim * torch.log(torch.tensor(2 * torch.pi * torch.e, dtype=torch.float64)) + spectrum.sum()).to(x.device)
+    low = min(float((-spectrum).min()), finest) - MARGIN
+    high = max(float((-spectrum).max()), finest) + MARGIN
+    parts = []
+    for rows in _chunks(len(x), max_rows // points):
+        logsnr, weight, eps, z = _draw(x[rows], Plateau(low, high), points, generator)
+        (eps_hat,) = _read(denoiser, z, logsnr[None], max_rows)
+        error = (eps - eps_hat).square().flatten(2).sum(2)
+        excess = torch.sigmoid(logsnr - finest).square() * (dim - eps.square().flatten(2).sum(2))
+        baseline = torch.sigmoid(logsnr[..., None] + spectrum).sum(-1)
+        parts.append(0.5 * (weight * (error + excess - baseline)).to(x.dtype))
+    estimate = _mean(parts, points)
+    return Estimate(estimate.mean + entropy.to(x.dtype), estimate.stderr, estimate.evals)
+
+
+def noise_posterior(
+    denoiser: Denoiser,
+    x: Tensor,
+    logsnrs: Tensor,
+    evals: int = 1024,
+    generator: torch.Generator | None = None,
+    *,
+    finest: float | None = None,
+    max_rows: int = 16384,
+) -> Tensor:
+    r"""Log-probabilities (B, L) that x was drawn from :math:`p_\zeta` for each of L ``logsnrs``, under equal priors.
+
+    One set of (alpha, eps) serves all levels and only differences between levels enter, so the data itself need not have a density.
+    ``evals`` per row, at least L.
+    """
+    logsnrs = torch.as_tensor(logsnrs, dtype=torch.float64, device=check_data(x).device)
+    require(logsnrs.dim() == 1 and len(logsnrs) >= 1, f"logsnrs of shape {tuple(logsnrs.shape)}", "(L,) with L >= 1")
+    levels, count = _level(logsnrs, logsnrs[:, None]), len(logsnrs)
+    points = _points(evals, count, f"one evaluation for each of the {count} levels", least=1)
+    finest = min(finest_of(denoiser) if finest is None else finest, float(levels.max()))
+    law = Plateau(min(float(levels.min()), finest) - MARGIN, finest + MARGIN)
+    parts = []
+    for rows in _chunks(len(x), max_rows // (count * points)):
+        logsnr, weight, eps, z = _draw(x[rows], law, points, generator)
+        beta, b = compose(logsnr, levels[:, None, None])  # (L, b, n)
+        read = _read(denoiser, z, beta, max_rows) * b.reshape(*b.shape, *[1] * (z.dim() - 2)).to(z.dtype)
+        gain = (read - read[:1]) * (2 * eps - read - read[:1])
+        parts.append((0.5 * weight.to(x.dtype) * gain.flatten(3).sum(3)).mean(2).T)
+    return torch.cat(parts).log_softmax(1)
+
+
+def mse_curve(denoiser: Denoiser, x: Tensor, logsnrs: Tensor, evals: int = 128, generator: torch.Generator | None = None) -> Estimate:
+    r""":math:`E_\epsilon\|\epsilon-\hat\epsilon(z_\alpha,\alpha)\|^2` of each row at each of L ``logsnrs``: mean and stderr (B, L).
+
+    ``evals`` per row in all, at least 2 L; every level reads the same noise.
+    """
+    levels = torch.as_tensor(logsnrs, dtype=torch.float64, device=check_data(x).device)
+    n = _points(evals, len(levels), f"two draws at each of {len(levels)} levels")
+    eps = _normal((len(x), n, *x.shape[1:]), x, generator)
+    out = []
+    for level in levels:
+        wide = level.expand(len(x), n)
+        z = corrupt(x[:, None].expand_as(eps).flatten(0, 1), wide.flatten(), eps.flatten(0, 1)).reshape(eps.shape)
+        out.append((eps - _read(denoiser, z, wide[None], 16384)[0]).square().flatten(2).sum(2))
+    values = torch.stack(out, 1)  # (B, L, n)
+    return Estimate(values.mean(2), values.std(2) / n**0.5, n * len(levels))
+
+
+def _points(evals: int, per_point: int, why: str, least: int = 2) -> int:
+    require(evals >= least * per_point, f"evals = {evals}", f"evals >= {least * per_point} ({why})")
+    return evals // per_point
+
+
+def _level(zeta: Tensor | float, x: Tensor) -> Tensor:
+    level = as_logsnr(zeta, len(x), x.device, "zeta")
+    require(bool((level.abs() <= LIMIT).all()), f"zeta = {float(level[level.abs().argmax()]):g}", f"log-SNR within +-{LIMIT:g} nats")
+    return level
+
+
+def _chunks(total: int, size: int) -> Iterator[slice]:
+    size = max(1, size)
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = generator.device if generator is not None else like.device
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+
+
+def _draw(x: Tensor, law: Plateau, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One point in each n-th of the law for every row: logsnr, weight (b, n) float64; eps, z (b, n, *S)."""
+    device = generator.device if generator is not None else x.device
+    u = torch.rand((len(x), n), generator=generator, dtype=torch.float64, device=device).to(x.device)
+    logsnr, weight = slope(law, ((torch.arange(n, device=x.device) + u) / n).clamp(1e-12, 1 - 1e-12))
+    eps = _normal((len(x), n, *x.shape[1:]), x, generator)
+    z = corrupt(x[:, None].expand_as(eps).flatten(0, 1), logsnr.flatten(), eps.flatten(0, 1)).reshape(eps.shape)
+    return logsnr, weight, eps, z
+
+
+def _read(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int) -> Tensor:
+    """eps_hat at z (b, n, *S) for each of m sets of levels (m, b, n), in one batched call: (m, b, n, *S)."""
+    rows = z.flatten(0, 1).repeat(len(logsnr), *[1] * (z.dim() - 2))
+    return evaluate(denoiser, rows, logsnr.flatten(), max_rows).reshape(len(logsnr), *z.shape)
+
+
+def _mean(parts: list[Tensor], evals: int) -> Estimate:
+    """Mean over strata and its standard error from differences of neighbouring strata, which do not see the trend across them."""
+    values = torch.cat(parts)
+    n = values.shape[1]
+    variance = values.detach().diff(dim=1).square().sum(1) / (2 * (n - 1) * n)
+    return Estimate(values.mean(1), variance.sqrt(), evals)
