@@ -75,7 +75,7 @@ class Bounded(torch.nn.Module):
     r"""A denoiser trusted on [low, high] only, continued to every log-SNR.
 
     Above ``high`` the score is held: the law is taken to have no detail finer than ``high`` shows, so
-    :math:`\hat\epsilon(z,\alpha)\propto\sqrt{\sigma(-\alpha)}` falls to zero and likelihood integrals converge. Below ``low``
+    :math:`\hat\epsilon` falls to zero in proportion to :math:`e^{-\alpha/2}` and likelihood integrals converge. Below ``low``
     :math:`\hat x` is held. Inside nothing changes. Plain clamping of the level does neither, and its integrals diverge.
     """
 
@@ -89,7 +89,7 @@ class Bounded(torch.nn.Module):
         inside = logsnr.clamp(self.low, self.high)
         scale = per_row(signal(inside) / signal(logsnr), z)  # to z at the clamped level, the clean coordinate y = z / signal held
         held = self.denoiser(torch.where(per_row(logsnr > self.high, z) > 0, z * scale, z), inside)
-        above = held * per_row(noise(logsnr) * signal(logsnr) / (noise(inside) * signal(inside)), z)
+        above = held * per_row(sigma_of_logsnr(logsnr) / sigma_of_logsnr(inside), z)
         below = eps_from_x(z, logsnr, x_from_eps(z, inside, held))
         level = per_row(logsnr, z)
         return torch.where(level > self.high, above, torch.where(level < self.low, below, held))

@@ -263,12 +263,12 @@ def _blocks(config: Config, rows: dict[str, Any], errors: dict[str, Any], evals:
             ])  # fmt: skip
     s = rows["exact"]["sequential"]
     body.append([
-        "exact denoiser, sequential", "", s["rounds"], s["evals per sample"], 1.0, s["seconds"], page.cell(s["mmd"], 1e3), s["log density"],
+        "exact, sequential", "", s["rounds"], s["evals per sample"], 1.0, s["seconds"], page.cell(s["mmd"], 1e3), s["log density"],
         page.cell(s["off support"], 100),
     ])  # fmt: skip
     theirs = [
-        ["paper's stored run: DDPM, parallel", "never", 37, None, 14.4, 1.871, 3.4 / KERNEL_SCALE, None, None],
-        ["paper's stored run: CDL, parallel", 27, 36, None, 14.0, 1.368, 1.3 / KERNEL_SCALE, None, None],
+        ["theirs: DDPM, parallel", "never", 37, None, 14.4, 1.871, 3.4 / KERNEL_SCALE, None, None],
+        ["theirs: CDL, parallel", 27, 36, None, 14.0, 1.368, 1.3 / KERNEL_SCALE, None, None],
     ]
     columns = ["", f"rounds to MMD ≤ {config.threshold * 1e3:.2f}e-3", "rounds to convergence", "evals per sample", "inefficiency", "seconds",
                "MMD² × 1000", "exact log-density, nats", "off support, %"]  # fmt: skip
@@ -282,7 +282,8 @@ def _blocks(config: Config, rows: dict[str, Any], errors: dict[str, Any], evals:
         f"Inefficiency: evaluations over the sequential sampler's. Log-density: exact "
         f"log p at the last noisy level ({float(_grid(config)[-2]):.2f}), of the state there; the truth scores {_pm(truth)}. Off support: share of "
         f"states less likely than the 0.1 % quantile of the truth. Seconds: per seed, {config.jobs} processes of one thread side by side. "
-        f"The last two rows are numbers stored with the paper's code (one run each, another network, a GPU), their MMD divided by {KERNEL_SCALE:.3f}.",
+        f"Exact: the exact denoiser, sampled in sequence. Theirs: numbers stored with the paper's code (one run each, another network, a GPU), their MMD "
+        f"divided by {KERNEL_SCALE:.3f}.",
     )
     off = [k for k in errors if float(k.split(";")[1]) >= 2 and float(k.split(";")[0]) >= 4]
     return [

@@ -1,0 +1,201 @@
+"""Estimates against closed forms. z-scores are pooled over rows and repeats; every bound is in standard errors or nats of the issue's targets."""
+
+import math
+
+import pytest
+import torch
+
+from contrastive_diffusion.channel import corrupt
+from contrastive_diffusion.data.mixtures import GaussianMixture
+from contrastive_diffusion.data.toys import dino, two_modes
+from contrastive_diffusion.denoisers import Counted, noised
+from contrastive_diffusion.likelihood import llr, mse_curve, nll, noise_posterior
+
+LAWS = {"dino": dino, "two-modes": two_modes}
+ZETAS = (-6.0, 0.0, 6.0, 9.0, 12.0, 15.0)
+
+
+def _points(law, label: int, zeta: float, n: int, generator) -> torch.Tensor:
+    x = law.sample(n, generator, torch.float64)
+    return x if label > 0 else noised(x, zeta, generator)
+
+
+@pytest.mark.parametrize("zeta", ZETAS)
+@pytest.mark.parametrize("label", [1, -1])
+@pytest.mark.parametrize("name", LAWS)
+def test_llr_is_the_closed_form(name, label, zeta, generator):
+    law = LAWS[name]()
+    x = _points(law, label, zeta, 8, generator).repeat(50, 1)
+    result = llr(law, x, zeta, 128, generator)
+    truth = law.llr(x, zeta)
+    error = result.mean - truth
+    assert result.evals == 128
+    # the mean over all rows within four of its own standard errors (from the spread over rows, and from the reported errors)
+    assert abs(float(error.mean())) <= 4 * float(error.std()) / 20
+    assert abs(float(error.mean())) <= 4 * float(result.stderr.square().mean().sqrt()) / 20
+    # half of it, or twice it, would not do (where the truth is larger than the noise)
+    clear = truth.abs() > 8 * error.std()
+    if clear.any():
+        assert (((result.mean / truth)[clear] - 1).abs() < 0.4).all()
+
+
+@pytest.mark.parametrize("label", [1, -1])
+@pytest.mark.parametrize("name", LAWS)
+def test_the_standard_error_is_calibrated(name, label, generator):
+    """Unit z-scores on average over zeta; single ones are near it (skewed integrands make them a little larger)."""
+    law, spread = LAWS[name](), []
+    for zeta in ZETAS:
+        x = _points(law, label, zeta, 8, generator).repeat(50, 1)
+        result = llr(law, x, zeta, 256, generator)
+        spread.append(float(((result.mean - law.llr(x, zeta)) / result.stderr).square().mean().sqrt()))
+    assert all(0.4 < s < 1.5 for s in spread), spread
+    assert 0.75 < sum(spread) / len(spread) < 1.25, spread
+
+
+@pytest.mark.parametrize(("zeta", "bound"), [(9.0, 0.35), (12.0, 0.05)])
+def test_llr_deviates_little_on_dino(zeta, bound, generator):
+    law = dino()
+    x = law.sample(40, generator).repeat(25, 1)
+    error = llr(law, x, zeta, 128, generator).mean - law.llr(x, zeta)
+    assert float(error.square().mean().sqrt()) <= bound
+
+
+def test_llr_takes_a_zeta_for_each_row_and_any_shape(generator):
+    law = GaussianMixture(torch.zeros(1, 3, 2, 2), 0.5)
+    x, zeta = law.sample(300, generator, torch.float64), torch.linspace(-4, 6, 300)
+    result = llr(law, x, zeta, 256, generator)
+    z = (result.mean - law.llr(x, zeta)) / result.stderr
+    assert abs(float(z.mean())) < 4 / math.sqrt(300)
+
+
+def test_llr_is_right_wherever_the_plateau_is_put(generator):
+    law = dino()
+    x = law.sample(10, generator, torch.float64).repeat(60, 1)
+    for finest in (4.0, 16.0):
+        error = llr(law, x, 6.0, 256, generator, finest=finest).mean - law.llr(x, 6.0)
+        assert abs(float(error.mean())) <= 4 * float(error.std()) / math.sqrt(600)
+
+
+def test_llr_is_differentiable_and_its_gradient_is_that_of_the_ratio(generator):
+    """For the denoiser of N(0, s^2) the ratio's derivative in log s is known."""
+    x = torch.full((4000, 1), 0.8, dtype=torch.float64)
+    log_s = torch.tensor(math.log(0.5), dtype=torch.float64, requires_grad=True)
+
+    def denoiser(z, logsnr):
+        signal2, noise2 = torch.sigmoid(logsnr)[:, None], torch.sigmoid(-logsnr)[:, None]
+        return noise2.sqrt() * z / (signal2 * torch.exp(2 * log_s) + noise2)
+
+    zeta = 1.0
+    (gradient,) = torch.autograd.grad(llr(denoiser, x, zeta, 64, generator, finest=1.4).mean.mean(), log_s)
+    with torch.enable_grad():
+        s2 = torch.exp(2 * log_s)
+        noisy = s2 * torch.sigmoid(torch.tensor(zeta, dtype=torch.float64)) + torch.sigmoid(torch.tensor(-zeta, dtype=torch.float64))
+        exact = -0.5 * (noisy.log() + 0.64 / noisy) + 0.5 * (s2.log() + 0.64 / s2)
+        (truth,) = torch.autograd.grad(exact, log_s)
+    assert float(gradient) == pytest.approx(float(truth), rel=0.06)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_nll_is_the_closed_form(name, generator):
+    law = LAWS[name]()
+    x = law.sample(8, generator, torch.float64).repeat(60, 1)
+    spectrum = torch.linalg.eigvalsh(law.covariance()).log()
+    for chosen in (None, spectrum):
+        result = nll(law, x, 256, generator, spectrum=chosen)
+        error = result.mean - law.nll(x)
+        assert abs(float(error.mean())) <= 4 * float(error.std()) / math.sqrt(480)
+        z = error / result.stderr
+        assert 0.6 < float(z.square().mean().sqrt()) < 1.5
+
+
+def test_noise_posterior_is_the_exact_one(generator):
+    law, levels = dino(), torch.tensor([-4.0, 0.0, 3.0, 6.0, 9.0])
+    x = torch.cat([noised(law.sample(6, generator), float(level), generator) for level in levels])
+    exact = torch.stack([law.log_prob(x, float(level)) for level in levels], 1).log_softmax(1)
+    estimate = noise_posterior(law, x, levels, 20_000, generator)
+    assert estimate.shape == (30, 5)
+    torch.testing.assert_close(estimate.exp().sum(1), torch.ones(30))
+    assert float((estimate.exp() - exact.exp()).abs().sum(1).mean() / 2) < 0.06
+
+
+def test_mse_curve_is_the_mmse_of_a_gaussian(generator, gaussian):
+    x, levels = gaussian.sample(4000, generator, torch.float64), torch.tensor([-3.0, 0.0, 4.0])
+    curve = mse_curve(gaussian, x, levels, 12, generator)
+    spectrum = torch.tensor([0.3, 2.0], dtype=torch.float64).square().log()
+    mmse = torch.sigmoid(levels[:, None].double() + spectrum).sum(1)
+    error = curve.mean.mean(0) - mmse
+    assert (error.abs() < 4 * curve.mean.std(0) / math.sqrt(4000)).all()
+    assert curve.evals == 12
+
+
+def test_evals_are_what_the_denoiser_saw(generator):
+    law = dino()
+    x = law.sample(7, generator)
+    for evaluate, evals in (
+        (lambda d: llr(d, x, 3.0, 65, generator), 64),
+        (lambda d: nll(d, x, 33, generator), 33),
+        (lambda d: mse_curve(d, x, torch.tensor([0.0, 1.0]), 9, generator), 8),
+    ):
+        counted = Counted(law)
+        assert evaluate(counted).evals == evals
+        assert counted.rows == evals * len(x)
+
+
+def test_memory_is_bounded_by_max_rows(generator):
+    law, calls = dino(), []
+
+    def watched(z, logsnr):
+        calls.append(len(z))
+        return law(z, logsnr)
+
+    x = law.sample(50, generator)
+    result = llr(watched, x, 6.0, 64, generator, finest=law.finest, max_rows=200)
+    assert max(calls) <= 200
+    z = (result.mean - law.llr(x, 6.0)) / result.stderr
+    assert abs(float(z.mean())) < 4 * float(z.std()) / math.sqrt(50)
+
+
+def test_both_terms_share_their_draws(generator):
+    """The paper's code draws them apart; at zeta = 12 its noise is 25 times the signal."""
+    law, seen = dino(), []
+
+    def watched(z, logsnr):
+        seen.append(z)
+        return law(z, logsnr)
+
+    llr(watched, law.sample(3, generator), 12.0, 32, generator)
+    assert len(seen) == 1
+    first, second = seen[0].chunk(2)
+    assert first.equal(second)
+
+
+def test_an_infinite_level_is_the_data_itself(generator):
+    """zeta beyond what float32 resolves is refused; large ones give a small ratio, never NaN."""
+    law = dino()
+    x = law.sample(20, generator)
+    assert llr(law, x, 29.0, 64, generator).mean.abs().max() < 1e-3
+    z = corrupt(x, 0.0, torch.zeros_like(x))
+    assert z.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda law, x: llr(law, x, 6.0, 3), "given evals = 3, expected evals >= 4"),
+        (lambda law, x: llr(law, x, 6.0, 0), "given evals = 0"),
+        (lambda law, x: nll(law, x, 1), "given evals = 1, expected evals >= 2"),
+        (lambda law, x: llr(law, x, 31.0), r"given zeta = 31, expected log-SNR within \+-30"),
+        (lambda law, x: llr(law, x, math.nan), "zeta that is NaN"),
+        (lambda law, x: llr(law, x[:0], 6.0), "at least one row"),
+        (lambda law, x: llr(law, x[0], 6.0), "expected a batch"),
+        (lambda law, x: llr(law, x.long(), 6.0), "int64"),
+        (lambda law, x: llr(law, x / 0, 6.0), "non-finite"),
+        (lambda law, x: nll(law, x, 8, spectrum=torch.zeros(3)), r"expected \(2,\)"),
+        (lambda law, x: noise_posterior(law, x, torch.zeros(4), 3), "given evals = 3, expected evals >= 4"),
+    ],
+)
+def test_bad_input_is_one_line(call, message, generator):
+    law = dino()
+    with pytest.raises(ValueError, match=message) as caught:
+        call(law, law.sample(4, generator))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,180 @@
+"""Noise from counters, the sequential sampler, and the parallel one that must equal it to the bit."""
+
+import math
+
+import pytest
+import torch
+
+from contrastive_diffusion import schedules, solvers
+from contrastive_diffusion.data.mixtures import GaussianMixture
+from contrastive_diffusion.data.toys import dino, two_modes
+from contrastive_diffusion.denoisers import Counted
+from contrastive_diffusion.errors import RunError
+from contrastive_diffusion.parallel import SLOPES, Parallel
+from contrastive_diffusion.sampling import MASK, START, Sequential, normal, philox
+
+STEPS = {
+    "ddpm-posterior": solvers.ddpm(),
+    "ddpm-beta": solvers.ddpm("beta"),
+    "ddim-0": solvers.ddim(),
+    "ddim-0.5": solvers.ddim(0.5),
+    "euler": solvers.euler(),
+    "heun": solvers.heun(),
+}
+every = pytest.mark.parametrize("solver", STEPS.values(), ids=STEPS)
+GRID = schedules.grid(schedules.ddpm(), 60)
+
+
+def _words(value: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    w = torch.full((1,), value, dtype=torch.int64)
+    return w, w, w, w
+
+
+def test_philox_known_answers():
+    """Random123's test vectors."""
+    assert [int(v) for v in philox(_words(0), (0, 0))] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert [int(v) for v in philox(_words(MASK), (MASK, MASK))] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+def test_noise_is_standard_normal_and_uncorrelated():
+    n = 100_000
+    values = normal(7, torch.arange(n), torch.full((n,), 3), (5,)).double()
+    se = 1 / math.sqrt(n)
+    assert values.mean(0).abs().max() < 4.5 * se
+    assert (values.var(0) - 1).abs().max() < 4.5 * se * math.sqrt(2)
+    assert (values.pow(4).mean(0) - 3).abs().max() < 4.5 * se * math.sqrt(96)
+    assert (values.T.cov() - torch.diag(values.var(0))).abs().max() < 4.5 * se
+    for other in (normal(7, torch.arange(n), torch.full((n,), 4), (5,)), normal(8, torch.arange(n), torch.full((n,), 3), (5,))):
+        assert (values * other.double()).mean(0).abs().max() < 4.5 * se
+
+
+def test_noise_is_a_function_of_seed_sample_and_step_only():
+    ids, steps = torch.arange(10), torch.tensor([START, 0, 1, 999, 5, 6, 7, 8, 9, 10])
+    whole = normal(1, ids, steps, (3, 2))
+    order = torch.randperm(10)
+    assert normal(1, ids[order], steps[order], (3, 2)).equal(whole[order])
+    assert normal(1, ids[3:4], steps[3:4], (3, 2)).equal(whole[3:4])
+    assert normal(1, ids, steps, (2,)).equal(whole.flatten(1)[:, :2])
+    assert not normal(2, ids, steps, (3, 2)).equal(whole)
+    assert not normal(1, ids + 2**32, steps, (3, 2)).equal(whole)
+
+
+@every
+def test_sequential_does_not_depend_on_the_batch(solver):
+    whole = Sequential(solver)(dino(), GRID, (7, 2), seed=3).x
+    assert Sequential(solver, max_rows=2)(dino(), GRID, (3, 2), seed=3, first=2).x.equal(whole[2:5])
+
+
+@pytest.mark.parametrize(("solver", "tolerance"), [(solvers.ddpm(), 0.03), (solvers.ddim(), 0.03), (solvers.heun(), 0.03)])
+def test_samples_follow_the_law(solver, tolerance):
+    """Two unequal modes: their shares, means and spreads."""
+    law = GaussianMixture(torch.tensor([[-1.5], [1.0]]), torch.tensor([0.2, 0.5]), torch.tensor([0.3, 0.7]))
+    grid = schedules.grid(schedules.ddpm() if solver.noisy else schedules.karras(), 200)
+    x = Sequential(solver)(law, grid, (4000, 1), seed=0).x
+    low = x < -0.6
+    assert float(low.float().mean()) == pytest.approx(0.3, abs=4 * math.sqrt(0.21 / 4000))
+    assert float(x[low].mean()) == pytest.approx(-1.5, abs=0.04)
+    assert float(x[~low].std()) == pytest.approx(0.5, abs=tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 1, 7])
+@pytest.mark.parametrize("slope", SLOPES)
+@every
+def test_parallel_at_tolerance_zero_is_sequential_bit_for_bit(solver, slope, window):
+    if slope != "picard" and not isinstance(solver, solvers.Affine):
+        with pytest.raises(ValueError, match="not affine"):
+            Parallel(solver, slope)
+        return
+    exact = Sequential(solver)(dino(), GRID, (5, 2), seed=1, path=True)
+    counted = Counted(dino())
+    drawn = Parallel(solver, slope, window, 0.0)(counted, GRID, (5, 2), seed=1, path=True)
+    assert exact.path is not None
+    assert drawn.path is not None
+    assert drawn.path.equal(exact.path)
+    assert drawn.x.equal(exact.x)
+    assert drawn.evals == counted.rows
+    assert drawn.rounds <= 60
+    if window == 1:
+        assert drawn.evals == exact.evals
+
+
+def test_after_k_rounds_k_steps_are_exact():
+    exact = Sequential(solvers.ddpm())(dino(), GRID, (4, 2), seed=1, path=True).path
+    assert exact is not None
+    seen = []
+    Parallel(solvers.ddpm(), tolerance=0.0)(dino(), GRID, (4, 2), seed=1, watch=seen.append)
+    for r in seen:
+        reached = r.states[: max(0, r.number + 1 - r.begin)]
+        assert reached.equal(exact[r.begin : r.begin + len(reached)])
+    assert [r.number for r in seen] == list(range(1, len(seen) + 1))
+
+
+def test_tolerance_trades_evals_for_error():
+    exact = Sequential(solvers.ddpm())(dino(), GRID, (8, 2), seed=0)
+    errors, evals = [], []
+    for tolerance in (0.3, 0.1, 0.01, 0.0):
+        drawn = Parallel(solvers.ddpm(), tolerance=tolerance)(dino(), GRID, (8, 2), seed=0)
+        errors.append(float((drawn.x - exact.x).abs().max()))
+        evals.append(drawn.evals)
+    assert errors[1] < 0.02
+    assert errors[-1] == 0.0
+    assert evals == sorted(evals)
+
+
+def test_parallel_is_fewer_rounds_than_steps_and_a_better_slope_fewer_still():
+    grid = schedules.grid(schedules.ddpm(), 1000)
+    rounds = {slope: Parallel(solvers.ddpm(), slope)(dino(), grid, (4, 2), seed=0).rounds for slope in ("picard", "gauss")}
+    assert rounds["gauss"] < rounds["picard"] < 60
+
+
+@pytest.mark.parametrize("sampler", [Sequential(solvers.ddpm()), Parallel(solvers.ddpm()), Parallel(solvers.ddpm(), window=9)])
+def test_evals_and_rounds_are_what_happened(sampler):
+    counted, seen = Counted(two_modes()), []
+    drawn = sampler(counted, GRID, (6, 1), watch=seen.append)
+    assert (drawn.evals, drawn.rounds) == (counted.rows, len(seen))
+
+
+def test_heun_counts_two_rounds_a_step_and_one_at_the_last():
+    drawn = Sequential(solvers.heun())(two_modes(), schedules.grid(schedules.karras(), 18), (3, 1))
+    assert (drawn.evals, drawn.rounds) == (3 * 35, 35)
+
+
+def test_watching_is_not_timed():
+    import time
+
+    drawn = Sequential(solvers.ddim())(two_modes(), schedules.grid(schedules.ddpm(), 5), (1, 1), watch=lambda _: time.sleep(0.2))
+    assert drawn.seconds < 0.5
+
+
+@pytest.mark.parametrize("sampler", [Sequential(solvers.ddpm()), Parallel(solvers.ddpm())])
+def test_the_type_of_the_state_is_kept(sampler):
+    assert sampler(two_modes(), GRID, (2, 1), dtype=torch.float64).x.dtype == torch.float64
+    assert sampler(lambda z, a: two_modes()(z.flatten(1), a).reshape(z.shape), GRID, (2, 1, 1, 1)).x.shape == (2, 1, 1, 1)
+
+
+@pytest.mark.parametrize("sampler", [Sequential(solvers.ddpm()), Parallel(solvers.ddpm()), Parallel(solvers.ddpm(), window=8)])
+def test_a_nan_stops_and_says_where(sampler):
+    def broken(z, logsnr):
+        return torch.where((logsnr > 3)[:, None] & (z > 0), math.nan, two_modes()(z, logsnr))
+
+    with pytest.raises(RunError, match=r"non-finite state of sample \d+ at step \d+, round \d+"):
+        sampler(broken, GRID, (8, 1), first=100)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Parallel(solvers.ddpm(), window=0), "given window = 0, expected window >= 1"),
+        (lambda: Parallel(solvers.ddpm(), tolerance=-1.0), "tolerance >= 0"),
+        (lambda: Parallel(solvers.ddpm(), tolerance=math.nan), "tolerance >= 0"),
+        (lambda: Parallel(solvers.ddpm(), "picart"), "did you mean picard"),
+        (lambda: Sequential(solvers.ddpm())(dino(), GRID, (0, 2)), "every size >= 1"),
+        (lambda: Sequential(solvers.ddpm())(dino(), GRID, (3,)), r"expected \(B, \*S\)"),
+        (lambda: Sequential(solvers.ddpm())(dino(), GRID, (3, 2), seed=-1), "both >= 0"),
+        (lambda: Sequential(solvers.ddpm())(dino(), GRID.flip(0), (3, 2)), "increasing"),
+        (lambda: Sequential(solvers.ddpm())(dino(), GRID, (3, 5)), r"expected a floating-point batch \(B, 2\)"),
+    ],
+)
+def test_bad_sampling_is_one_line(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
