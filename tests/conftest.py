@@ -15,12 +15,12 @@ settings.load_profile("default")
 torch.set_num_threads(1)
 
 
-@pytest.fixture()
+@pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-@pytest.fixture()
+@pytest.fixture
 def gaussian() -> GaussianMixture:
     """N(0, 0.3^2) and N(0, 2^2) in two dimensions: everything about it is a one-line formula."""
     return GaussianMixture(torch.zeros(1, 2), torch.tensor([[0.3, 2.0]]))

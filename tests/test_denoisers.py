@@ -17,7 +17,7 @@ def law(request):
     return {"dino": dino, "two-modes": two_modes}[request.param]()
 
 
-@pytest.fixture()
+@pytest.fixture
 def z(law, generator):
     return denoisers.noised(law.sample(5, generator, torch.float64), LEVELS, generator)
 

@@ -56,9 +56,9 @@ def compose(logsnr: Tensor | float, zeta: Tensor | float) -> tuple[Tensor, Tenso
     :math:`e^{-\beta}=e^{-\zeta}+e^{-\alpha}(1+e^{-\zeta})` and :math:`b^2=\sigma(\mathrm{softplus}(\zeta)-\alpha)`. The printed form is
     off by 0.16 in float32 at 15/15 and infinite at 17/17. Shapes broadcast; either argument may be infinite.
     """
-    logsnr, zeta = torch.broadcast_tensors(_tensor(logsnr), _tensor(zeta))
-    beta = -torch.logaddexp(-zeta, softplus(-zeta) - logsnr)
-    return beta, torch.sigmoid(softplus(zeta) - logsnr).sqrt()
+    alpha, level = _tensor(logsnr), _tensor(zeta)
+    beta = -torch.logaddexp(-level, softplus(-level) - alpha)
+    return beta, torch.sigmoid(softplus(level) - alpha).sqrt()
 
 
 def x_from_eps(z: Tensor, logsnr: Tensor | float, eps: Tensor) -> Tensor:

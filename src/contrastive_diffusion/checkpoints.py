@@ -1,8 +1,6 @@
 """Checkpoints: one safetensors file with its JSON in the header, written atomically. Nothing in a file is ever executed."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +9,11 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from contrastive_diffusion.errors import RunError, UsageError, require
+from contrastive_diffusion.errors import UsageError, require
+from contrastive_diffusion.files import write_atomic
 
 FORMAT = "contrastive-diffusion"
 VERSION = 1
-
-
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Writes a file as a whole or not at all: to a temporary beside it, then renamed. A full or unwritable disk is one line."""
-    data = content.encode() if isinstance(content, str) else content
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise RunError(f"given the path {path}, expected to write there: {error.strerror}; free space or choose another folder") from error
 
 
 def save(path: Path | str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:

@@ -263,7 +263,7 @@ def _act_sample(options: Sample) -> None:
 
     import numpy as np
 
-    from contrastive_diffusion.checkpoints import write_atomic
+    from contrastive_diffusion.files import write_atomic
     from contrastive_diffusion.parallel import Parallel
     from contrastive_diffusion.runs import named_denoiser
     from contrastive_diffusion.sampling import Sequential
@@ -297,7 +297,7 @@ def _bar(options: Sample) -> Any:
 def _act_estimate(options: EstimateCommand) -> None:
     import json
 
-    from contrastive_diffusion.checkpoints import write_atomic
+    from contrastive_diffusion.files import write_atomic
 
     require(options.n >= 1, f"--n {options.n}", "at least 1")
     points, rows, header = _estimate(options)

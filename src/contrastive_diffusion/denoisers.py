@@ -20,7 +20,6 @@ from contrastive_diffusion.channel import (
     eps_from_v,
     eps_from_x,
     logsnr_of_sigma,
-    noise,
     per_row,
     sigma_of_logsnr,
     signal,

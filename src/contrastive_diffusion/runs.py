@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from contrastive_diffusion import __version__, checkpoints
-from contrastive_diffusion.checkpoints import write_atomic
 from contrastive_diffusion.data.toys import TOYS, toy
 from contrastive_diffusion.denoisers import Bounded, Denoiser
 from contrastive_diffusion.errors import RunError, require
+from contrastive_diffusion.files import write_atomic
 from contrastive_diffusion.recipes import Train, load_data, plain, validate
 from contrastive_diffusion.training import State, train
 

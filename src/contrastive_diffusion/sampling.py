@@ -85,17 +85,15 @@ def prepare(
     solver: Solver, denoiser: Denoiser, grid: Tensor, shape: tuple[int, ...], seed: int, first: int, device: torch.device | str, dtype: torch.dtype, max_rows: int
 ) -> Draw:  # fmt: skip
     """The common front door of the samplers."""
-    require(len(shape) >= 2 and all(n >= 1 for n in shape), f"shape {tuple(shape)}", "(B, *S) with every size >= 1")
+    batch, item = next(iter(shape), 0), tuple(shape[1:])
+    require(item and min(batch, *item) >= 1, f"shape {tuple(shape)}", "(B, *S) with every size >= 1")
     require(seed >= 0 and first >= 0, f"seed {seed}, first {first}", "both >= 0")
     counted = Counted(denoiser)
-    ids = torch.arange(first, first + shape[0], device=device)
+    ids = torch.arange(first, first + batch, device=device)
 
     def noise(begin: int, end: int) -> Tensor:
-        steps = torch.arange(begin, end, device=device)
-        wide = (end - begin) * shape[0]
-        return normal(seed, ids.repeat(end - begin), steps.repeat_interleave(shape[0]).reshape(wide), tuple(shape[1:]), dtype).reshape(
-            end - begin, *shape
-        )
+        steps = torch.arange(begin, end, device=device).repeat_interleave(batch)
+        return normal(seed, ids.repeat(end - begin), steps, item, dtype).reshape(end - begin, batch, *item)
 
     step = StepMap(solver, lambda z, logsnr: evaluate(counted, z, logsnr, max_rows), grid, device)
     return Draw(step, counted, noise(START, START + 1)[0], noise, Clock())
@@ -152,7 +150,7 @@ class Sequential:
         task = prepare(self.solver, denoiser, grid, shape, seed, first, device, dtype, self.max_rows)
         z, steps = task.start, len(task.step)
         states = [z]
-        block = max(1, 2**20 // z.numel())
+        block, noises = max(1, 2**20 // z.numel()), z[None]
         for i in range(steps):
             if i % block == 0:
                 noises = task.noise(i, min(i + block, steps)) if self.solver.noisy else z.new_zeros(1, *z.shape).expand(block, *z.shape)

@@ -19,7 +19,7 @@ from contrastive_diffusion.errors import choose
 
 def dino() -> GaussianMixture:
     """The 142-component Dino law in 2-D, mean 0, variance 1 per axis, component stds (0.00896, 0.00557)."""
-    text = (files(__package__) / "dino.csv").read_text().split()[1:]
+    text = (files("contrastive_diffusion.data") / "dino.csv").read_text().split()[1:]
     points = torch.tensor([[float(v) for v in line.split(",")] for line in text], dtype=torch.float64)
     half = torch.tensor([54.0, 48.0], dtype=torch.float64)
     return _standardised((points / half - 1) * 4, 0.15 * 4 / half)

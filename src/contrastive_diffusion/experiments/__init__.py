@@ -13,10 +13,14 @@ from contrastive_diffusion.errors import choose
 
 def summaries() -> dict[str, str]:
     """Name -> one line on what it shows, for every experiment."""
-    sources = {f.name.removesuffix(".py"): f for f in files(__package__).iterdir() if f.name.endswith(".py") and not f.name.startswith("_")}
+    sources = {
+        f.name.removesuffix(".py"): f
+        for f in files("contrastive_diffusion.experiments").iterdir()
+        if f.name.endswith(".py") and not f.name.startswith("_")
+    }
     return {name.replace("_", "-"): (ast.get_docstring(ast.parse(f.read_text())) or "").split("\n")[0] for name, f in sorted(sources.items())}
 
 
 def load(name: str) -> ModuleType:
     """The module of the experiment called ``name``; an unknown name is answered with the nearest ones."""
-    return importlib.import_module(f"{__package__}.{choose(name, summaries(), 'experiment').replace('-', '_')}")
+    return importlib.import_module(f"contrastive_diffusion.experiments.{choose(name, summaries(), 'experiment').replace('-', '_')}")

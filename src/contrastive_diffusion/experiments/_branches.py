@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from contrastive_diffusion.recipes import Loss, Net, Train
 from contrastive_diffusion.runs import Task, fit, work
@@ -54,3 +54,8 @@ def fit_branch(recipe: Train, position: int = 0) -> None:
 def spent(recipes: dict[str, Train]) -> dict[str, int]:
     """Denoiser evaluations of each branch after the common start."""
     return {name: recipes[name].training.steps * recipes[name].loss.build().evals(recipes[name].training.batch) for name in recipes if name != "base"}
+
+
+def made_before() -> NoReturn:
+    """In place of the maker of a part that a worker process has made."""
+    raise AssertionError("this part should have been made by a worker")

@@ -12,16 +12,17 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as schema
 from torch import Tensor
+from tqdm import tqdm
 
 from contrastive_diffusion import metrics, schedules, solvers
 from contrastive_diffusion.data.toys import two_modes
 from contrastive_diffusion.denoisers import Denoiser
 from contrastive_diffusion.experiments import _page as page
-from contrastive_diffusion.experiments._branches import branch_recipes, spent, train_branches
+from contrastive_diffusion.experiments._branches import branch_recipes, made_before, spent, train_branches
 from contrastive_diffusion.metrics import Score, average
 from contrastive_diffusion.parallel import Parallel
 from contrastive_diffusion.recipes import STRICT, Loss, Net
-from contrastive_diffusion.runs import Run, named_denoiser
+from contrastive_diffusion.runs import Run, named_denoiser, work
 from contrastive_diffusion.sampling import Round, Sequential
 from contrastive_diffusion.training import Training, stream
 
@@ -45,7 +46,7 @@ class Config:
     """Objective of the contrastive branch."""
     steps: int = Field(default=1000, ge=2)
     """DDPM steps."""
-    samples: int = Field(default=500, ge=6)
+    samples: int = Field(default=300, ge=6)
     """Samples of the parallel sampler per seed."""
     seeds: int = Field(default=3, ge=2)
     """Sampling seeds."""
@@ -58,8 +59,9 @@ def run(config: Config) -> Path:
     main = Run.open(config.out, config)
     recipes = branch_recipes(config, "two-modes", BRANCHES)
     train_branches(recipes, config.jobs)
+    work([(_sample, (config, recipes[name].out, seed)) for seed in range(config.seeds) for name in BRANCHES], config.jobs)
     law, grid = two_modes(), schedules.grid(schedules.ddpm(), config.steps)
-    logsnrs, x = grid[:-1][:: max(1, config.steps // 200)], torch.linspace(-10, 10, 241, dtype=torch.float64)
+    logsnrs, x = grid[:-1][:: _every(config)], torch.linspace(-10, 10, 241, dtype=torch.float64)
     inside, density = _inside(law, logsnrs, x)
     arrays: dict[str, Tensor] = {"logsnr": logsnrs, "x": x, "density": density.T.contiguous(), "inside": inside.T.float().contiguous()}
     numbers: dict[str, Any] = {"denoiser evaluations": spent(recipes)}
@@ -68,7 +70,9 @@ def run(config: Config) -> Path:
         error = error_map(denoiser, law, logsnrs, x)
         arrays[f"error.{name}"] = error.T.contiguous()
         numbers[name] = {"error inside": float(error[inside].mean()), "error outside": float(error[~inside].mean())}
-        numbers[name] |= _sampled(config, denoiser, grid, name, arrays)
+        parts = [main.part(f"samples-{name}-{seed}", made_before) for seed in range(config.seeds)]
+        arrays |= {f"{key}.{name}": v for key, v in parts[0][0].items() if key.startswith("round")}
+        numbers[name] |= _scores(parts)
     main.write_results(
         {
             "experiment": "two-modes",
@@ -97,26 +101,42 @@ def _inside(law: Any, logsnrs: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(held).scatter(1, order, held), density
 
 
-def _sampled(config: Config, denoiser: Denoiser, grid: Tensor, name: str, arrays: dict[str, Tensor]) -> dict[str, Score]:
-    """Picard iterates (the first few kept for the picture) and the quality of samples, over seeds."""
+def _sample(config: Config, branch: str, seed: int, position: int) -> None:
+    """Samples of one seed, both ways; the first Picard iterates of a few of them are kept for the picture."""
+
+    def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        denoiser, grid, kept = named_denoiser(branch)[0], schedules.grid(schedules.ddpm(), config.steps), {}
+        with tqdm(total=config.steps, desc=f"sample {Path(branch).name}-{seed}", position=position, mininterval=5, leave=False) as bar:
+
+            def watch(seen: Round) -> None:
+                bar.update(seen.begin - bar.n)
+                if seed == 0 and seen.number in SHOWN:
+                    # What left the window stands still: its left end.
+                    path = torch.cat([seen.states[:1].expand(seen.begin, *seen.states.shape[1:]), seen.states])[: config.steps]
+                    kept[f"round{seen.number}"] = path[:: _every(config), :6, 0].T.contiguous()
+
+            drawn = Parallel(solvers.ddpm(), "picard")(denoiser, grid, (config.samples, 1), seed, watch=watch)
+        one_by_one = Sequential(solvers.ddpm())(denoiser, grid, (config.samples, 1), seed)
+        return {"parallel": drawn.x, "sequential": one_by_one.x, **kept}, {"rounds": drawn.rounds, "evals": drawn.evals}
+
+    Run(Path(config.out)).part(f"samples-{Path(branch).name}-{seed}", make)
+
+
+def _every(config: Config) -> int:
+    """The map shows about 200 levels."""
+    return max(1, config.steps // 200)
+
+
+def _scores(parts: list[tuple[dict[str, Tensor], dict[str, Any]]]) -> dict[str, Score]:
+    """Quality over sampling seeds."""
     law, truth = two_modes(), two_modes().sample(4000, stream(0, "reference"))
-    rows: dict[str, list[float]] = {"rounds": [], "evals per sample": [], "mmd": [], "sequential mmd": []}
-    for seed in range(config.seeds):
-
-        def watch(seen: Round, seed: int = seed) -> None:
-            if seed == 0 and seen.number in SHOWN:
-                # (states, 6 samples): the fixed past of the window is its left end
-                path = torch.cat([seen.states[:1].expand(seen.begin, *seen.states.shape[1:]), seen.states])[: config.steps]
-                arrays[f"round{seen.number}.{name}"] = path[:: max(1, config.steps // 200), :6, 0].T.contiguous()
-
-        drawn = Parallel(solvers.ddpm(), "picard")(denoiser, grid, (config.samples, 1), seed, watch=watch)
-        steps = Sequential(solvers.ddpm())(denoiser, grid, (config.samples, 1), seed)
-        rows["rounds"].append(float(drawn.rounds))
-        rows["evals per sample"].append(drawn.evals / config.samples)
-        rows["mmd"].append(metrics.mmd(drawn.x, truth, 1.0).mean)
-        rows["sequential mmd"].append(metrics.mmd(steps.x, truth, 1.0).mean)
-        rows.setdefault("log density", []).append(metrics.log_density(law.log_prob, drawn.x).mean)
-    return {key: average(values) for key, values in rows.items()}
+    return {
+        "rounds": average([float(meta["rounds"]) for _, meta in parts]),
+        "evals per sample": average([meta["evals"] / len(tensors["parallel"]) for tensors, meta in parts]),
+        "mmd": average([metrics.mmd(tensors["parallel"], truth, 1.0).mean for tensors, _ in parts]),
+        "sequential mmd": average([metrics.mmd(tensors["sequential"], truth, 1.0).mean for tensors, _ in parts]),
+        "log density": average([metrics.log_density(law.log_prob, tensors["parallel"]).mean for tensors, _ in parts]),
+    }
 
 
 def _blocks(config: Config, numbers: dict[str, Any]) -> list[page.Block]:

@@ -16,6 +16,8 @@ LEVELS = 32  # features of the level
 class LogSNREmbedding(nn.Module):
     """sin and cos of logsnr (B,) at ``features / 2`` frequencies, geometric from 1/16 to 2 radians per nat: (B, features)."""
 
+    frequencies: Tensor
+
     def __init__(self, features: int):
         super().__init__()
         self.register_buffer("frequencies", torch.logspace(-4, 1, features // 2, base=2.0), persistent=False)
@@ -34,6 +36,8 @@ class MLP(nn.Module):
     Args:
         dim: D. width: hidden units. blocks: residual blocks of two layers. octaves: Fourier octaves per coordinate.
     """
+
+    octaves: Tensor
 
     def __init__(self, dim: int = 2, width: int = 128, blocks: int = 3, octaves: int = 6):
         super().__init__()

@@ -143,7 +143,7 @@ def recipe(cls: type[T], name: str | None, prefix: str = "") -> T:
     else:
         bundled = {
             f.name.removesuffix(".yaml").removeprefix(prefix): f
-            for f in files(__package__).iterdir()
+            for f in files("contrastive_diffusion.recipes").iterdir()
             if f.name.startswith(prefix) and f.name.endswith(".yaml")
         }
         text = bundled[choose(name, bundled, "recipe")].read_text()

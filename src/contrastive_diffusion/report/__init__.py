@@ -7,8 +7,8 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from contrastive_diffusion.checkpoints import write_atomic
 from contrastive_diffusion.errors import UsageError, require
+from contrastive_diffusion.files import write_atomic
 from contrastive_diffusion.report.page import render
 
 SCHEMA = 1  # of results.json

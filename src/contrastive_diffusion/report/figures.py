@@ -25,7 +25,7 @@ STYLE = {
 def draw(block: dict[str, Any], arrays: Arrays) -> str:
     """The inline SVG of a figure block, reproducible to the byte."""
     salt = re.sub(r"\W+", "-", block["title"].lower())
-    with mpl.rc_context({**STYLE, "svg.hashsalt": salt}):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": salt}):  # pyright: ignore[reportArgumentType]
         figure = FIGURES[block["kind"]](block, arrays)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})

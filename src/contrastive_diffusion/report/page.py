@@ -17,7 +17,7 @@ def render(results: dict[str, Any], arrays: Arrays, recipe: dict[str, Any], envi
     """The HTML page of a run."""
     environment_ = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment_.filters |= {"cell": _cell, "prose": _prose}
-    template = environment_.from_string((files(__package__) / "page.html").read_text())
+    template = environment_.from_string((files("contrastive_diffusion.report") / "page.html").read_text())
     blocks = [block | {"svg": draw(block, arrays)} if block["kind"] in FIGURES else block for block in results["blocks"]]
     blocks = [block | {"mathml": mathml(block["latex"], display="block")} if block["kind"] == "math" else block for block in blocks]
     return template.render(title=results["title"], blocks=blocks, recipe=yaml.safe_dump(recipe, sort_keys=False), environment=environment)

@@ -1,0 +1,175 @@
+"""The command as a user meets it: every sub-command, every wrong input one line with the right exit code."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from contrastive_diffusion.cli import COMMANDS, main
+
+TINY = ["--net.width", "8", "--net.blocks", "1", "--training.steps", "4", "--training.batch", "16"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", "contrastive", "--out", str(out), *TINY]) == 0
+    return out
+
+
+def test_train_writes_a_run_and_says_what_next(trained, capsys):
+    assert main(["train", "contrastive", "--out", str(trained), *TINY]) == 0
+    assert f"next: cdl sample {trained}" in capsys.readouterr().out
+    assert "contrastive: 0.1" in (trained / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--parallel"], ["--parallel", "--window", "3", "--tolerance", "0"], ["--solver", "heun"], ["--solver", "ddim"]]
+)
+def test_sample(trained, tmp_path, capsys, options):
+    out = tmp_path / "x.npy"
+    assert main(["sample", str(trained), "--n", "5", "--steps", "10", "--out", str(out), *options]) == 0
+    assert np.load(out).shape == (5, 2)
+    assert "5 samples in" in capsys.readouterr().out
+
+
+def test_sequential_and_exact_parallel_samples_are_the_same_file(tmp_path):
+    for name, options in (("a", []), ("b", ["--parallel", "--tolerance", "0"])):
+        assert main(["sample", "dino", "--n", "4", "--steps", "20", "--out", str(tmp_path / name), *options]) == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("what", ["llr", "nll", "noise"])
+def test_estimate(trained, tmp_path, capsys, what):
+    np.save(tmp_path / "x.npy", np.zeros((3, 2)))
+    out = tmp_path / "e.json"
+    assert main(["estimate", what, str(trained), "--x", str(tmp_path / "x.npy"), "--evals", "28", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 3
+    if what == "noise":
+        assert sum(v for k, v in rows[0].items() if k.startswith("P(")) == pytest.approx(1, abs=1e-5)
+    assert main(["estimate", what, "two-modes", "--n", "2", "--corrupt", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "exact" in printed or what == "noise"
+
+
+def test_estimate_agrees_with_the_closed_form(capsys):
+    assert main(["estimate", "llr", "dino", "--n", "1", "--zeta", "9", "--evals", "20000"]) == 0
+    mean, error, exact = (float(v) for v in capsys.readouterr().out.split("\n")[1].split()[-3:])
+    assert abs(mean - exact) < 5 * error
+    assert error < 0.05
+
+
+def test_list_names_everything(capsys):
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("dino", "two-modes", "train-edm", "checkerboard", "heun", "picard"):
+        assert name in printed
+
+
+def test_run_report_and_its_terminal_summary(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["run", "two-modes", "quick", "--out", str(out), "--jobs", "1", "--base.steps", "20", "--branch.steps", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "Error and samples" in printed
+    assert f"report: {out}/report.html" in printed
+    page = (out / "report.html").read_bytes()
+    (out / "report.html").unlink()
+    assert main(["report", str(out)]) == 0
+    assert (out / "report.html").read_bytes() == page
+    results = json.loads((out / "results.json").read_text())
+    assert results["schema"] == 1
+    evals = results["numbers"]["denoiser evaluations"]
+    assert evals["plain"] == evals["contrastive"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shell_completion_knows_every_command(shell, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--tyro-print-completion", shell])
+    assert done.value.code in (0, None)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*COMMANDS, "two-modes", "tolerance"))
+
+
+@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["run", "dino", "--help"], ["sample", "--help"], ["train", "--help"]])
+def test_help(args, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(args)
+    assert done.value.code in (0, None)
+    assert "usage: cdl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["rnu"], "given command 'rnu', expected one of"),
+        (["run"], "given no experiment, expected one of dino, two-modes"),
+        (["run", "dion"], "did you mean dino"),
+        (["run", "dino", "qick"], "did you mean quick"),
+        (["train", "nothere.yaml"], "an existing YAML file"),
+        (["train", "--data", "dinosaur", "--out", "{tmp}/r"], "did you mean dino"),
+        (["train", "--data", "{tmp}/none.npy", "--out", "{tmp}/r"], "an existing .npy or .csv file"),
+        (["sample", "{tmp}"], "a folder with recipe.yaml"),
+        (["sample", "nothing"], "a run folder or one of"),
+        (["sample", "dino", "--n", "0"], "at least 1"),
+        (["sample", "dino", "--steps", "0"], "steps >= 1"),
+        (["sample", "dino", "--parallel", "--window", "0"], "window >= 1"),
+        (["sample", "dino", "--parallel", "--tolerance", "-1"], "tolerance >= 0"),
+        (["sample", "dino", "--seed", "-1"], "both >= 0"),
+        (["estimate", "llr", "dino", "--evals", "0"], "given evals = 0"),
+        (["estimate", "llr", "dino", "--zeta", "99"], "given zeta = 99"),
+        (["estimate", "llr", "moons"], "a toy whose law is a mixture"),
+        (["estimate", "llr", "two-modes", "--x", "{tmp}/x.npy"], r"points of shape (3, 2), expected (N, 1)"),
+        (["report", "{tmp}"], "a folder with results.json"),
+        (["--threads", "0", "list"], "--threads 0"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(args, message, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.zeros((3, 2)))
+    before = sorted(tmp_path.rglob("*"))
+    assert main([a.replace("{tmp}", str(tmp_path)) for a in args]) == 2
+    error = capsys.readouterr().err.strip().replace("\r", "\n").split("\n")[-1]
+    assert error.startswith("cdl: given")
+    assert message in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_options_that_do_not_parse_are_exit_code_2(capsys):
+    for args in (["sample", "dino", "--sedd", "1"], ["sample", "dino", "--n", "many"], ["run", "dino", "--base.stepz", "1"]):
+        with pytest.raises(SystemExit) as done:
+            main(args)
+        assert done.value.code == 2
+    assert "Perhaps you meant" in capsys.readouterr().err
+
+
+def test_failures_are_exit_code_1(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["sample", "dino", "--n", "1", "--steps", "2", "--out", str(tmp_path / "file" / "x.npy")]) == 1
+    assert "expected to write there" in capsys.readouterr().err
+
+
+def test_broken_checkpoints_and_results_are_one_line(trained, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    file = next((copy / "checkpoints").iterdir())
+    file.write_bytes(file.read_bytes()[:100])
+    assert main(["sample", str(copy), "--n", "1"]) == 2
+    assert "truncated" in capsys.readouterr().err
+    (copy / "results.json").write_text("{")
+    assert main(["report", str(copy)]) == 2
+    assert "expected whole results" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    import contrastive_diffusion.sampling as sampling
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sampling.Sequential, "__call__", interrupted)
+    assert main(["sample", "dino", "--n", "1"]) == 130
+    assert "run the same command again" in capsys.readouterr().err
