@@ -87,14 +87,14 @@ def test_ten_thousand_components_in_bounded_memory(generator, monkeypatch):
     law = GaussianMixture(torch.randn(10_000, 1, 8, 8, generator=generator), torch.rand(10_000, generator=generator) + 0.1)
     z, level = torch.randn(40, 1, 8, 8, generator=generator), torch.linspace(-4, 8, 40)
     sizes = []
-    original = GaussianMixture._blocks
+    original = GaussianMixture._axes
 
-    def watched(self, logsnr):
-        for block in original(self, logsnr):
-            sizes.append(max(block[0].numel(), block[1].numel()))
-            yield block
+    def watched(self, z, logsnr):
+        for distance, variance in original(self, z, logsnr):
+            sizes.append(max(distance.numel(), variance.numel()))
+            yield distance, variance
 
-    monkeypatch.setattr(GaussianMixture, "_blocks", watched)
+    monkeypatch.setattr(GaussianMixture, "_axes", watched)
     assert law(z, level).isfinite().all()
     assert law.log_prob(z, level).isfinite().all()
     assert max(sizes) <= mixtures.CHUNK

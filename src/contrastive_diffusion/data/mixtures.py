@@ -7,8 +7,9 @@ With zero stds it is the ideal denoiser of a finite data set. Everything is comp
 row by row: rows never influence each other, not even in the last bit. Diagonal covariances only.
 """
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from contrastive_diffusion.channel import as_logsnr, noise, signal
 from contrastive_diffusion.errors import require
 
-CHUNK = 2**22  # float64 numbers (32 MiB) that one step of a computation may hold
+CHUNK = 2**16  # (row, component) pairs worked on at once: half a MiB of float64, which stays in the cache
 
 
 class GaussianMixture:
@@ -42,14 +43,15 @@ class GaussianMixture:
         self.means = means.flatten(1)  # (K, D)
         self.stds = stds.expand(means.shape).flatten(1)  # (K, D)
         self.log_weights = (weights / weights.sum()).log()  # (K,)
+        self._means_by_axis, self._stds_by_axis = self.means.T.contiguous(), self.stds.T.contiguous()  # (D, K)
+        self._differ = bool((self.stds != self.stds[:1]).any())
         smallest = float(self.stds.min())
         self.finest = -2 * math.log(smallest) if smallest > 0 else 20.0
 
     def to(self, device: torch.device | str) -> "GaussianMixture":
         """The same mixture on another device (its numbers stay float64)."""
-        moved = object.__new__(GaussianMixture)
-        moved.shape, moved.finest = self.shape, self.finest
-        moved.means, moved.stds, moved.log_weights = (v.to(device) for v in (self.means, self.stds, self.log_weights))
+        moved = copy.copy(self)
+        moved.__dict__ |= {name: value.to(device) for name, value in self.__dict__.items() if isinstance(value, Tensor)}
         return moved
 
     def mean(self) -> Tensor:
@@ -105,27 +107,24 @@ class GaussianMixture:
         flat, levels = z.double().flatten(1), as_logsnr(logsnr, len(z), z.device)
         if not len(z):
             return function(flat, levels).to(z.dtype)
-        rows = max(1, CHUNK // (len(self.means) * flat.shape[1]))
+        rows = max(1, CHUNK // len(self.means))
         return torch.cat([function(zs, ls) for zs, ls in zip(flat.split(rows), levels.split(rows), strict=True)]).to(z.dtype)
 
-    def _blocks(self, logsnr: Tensor):
-        """Component means and variances at logsnr (b,), as (b, k, D) blocks with their log-weights, at most CHUNK numbers each."""
-        scale, noise_var = signal(logsnr)[:, None, None], noise(logsnr).square()[:, None, None]
-        size = max(1, CHUNK // (len(logsnr) * self.means.shape[1]))
-        for means, stds, logs in zip(self.means.split(size), self.stds.split(size), self.log_weights.split(size), strict=True):
-            yield scale * means, scale.square() * stds.square() + noise_var, logs
+    def _axes(self, z: Tensor, logsnr: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each dimension of z (b, D): the distance to every component's mean (b, K), and its variance (b, K) or (b, 1) if they agree."""
+        scale, noise_var = signal(logsnr)[:, None], noise(logsnr).square()[:, None]
+        for d in range(z.shape[1]):
+            stds = self._stds_by_axis[d] if self._differ else self._stds_by_axis[d, :1]
+            yield z[:, d : d + 1] - scale * self._means_by_axis[d], scale.square() * stds.square() + noise_var
 
     def _log_joint(self, z: Tensor, logsnr: Tensor) -> Tensor:
         """log w_k N(z; m_k, v_k), (b, K)."""
-        parts = [
-            logs - 0.5 * ((z[:, None] - means).square() / variances + (2 * math.pi * variances).log()).sum(2)
-            for means, variances, logs in self._blocks(logsnr)
-        ]
-        return torch.cat(parts, 1)
+        total = self.log_weights - 0.5 * z.shape[1] * math.log(2 * math.pi)
+        for distance, variance in self._axes(z, logsnr):
+            total = torch.addcdiv(total - 0.5 * variance.log(), distance.square(), variance, value=-0.5)
+        return total
 
     def _eps_hat(self, z: Tensor, logsnr: Tensor) -> Tensor:
         responsibility = self._log_joint(z, logsnr).softmax(1)
-        blocks, parts = self._blocks(logsnr), []
-        for share, (means, variances, _) in zip(responsibility.split(max(1, CHUNK // z.numel()), 1), blocks, strict=True):
-            parts.append((share[:, :, None] * (z[:, None] - means) / variances).sum(1))
-        return noise(logsnr)[:, None] * torch.stack(parts).sum(0)
+        columns = [(responsibility * distance / variance).sum(1) for distance, variance in self._axes(z, logsnr)]
+        return noise(logsnr)[:, None] * torch.stack(columns, 1)

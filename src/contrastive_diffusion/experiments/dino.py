@@ -31,6 +31,7 @@ from contrastive_diffusion.training import Training, stream
 BRANCHES = ("plain", "contrastive", "uniform")
 LEVELS = (8.0, 6.0, 4.0, 0.0)  # log-SNRs at which the denoisers are examined
 OFFSETS = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 6.0)  # how much noisier than claimed the points are, nats
+SHOWN = (("Picard round 20", "round20"), ("Picard round 25", "round25"), ("Picard converged", "parallel"), ("sequential", "sequential"))
 KERNEL_SCALE = 2.302943  # 1 / sqrt(2 pi 0.03), a factor in the paper's MMD values
 # MMD after each Picard iteration stored with the paper's code (real Dino, 2,000 samples, one run each), in the paper's scale.
 THEIRS = {
@@ -82,7 +83,9 @@ def run(config: Config) -> Path:
     for name, curve in THEIRS.items():
         arrays[f"theirs.{name}"], arrays[f"theirs.{name}.rounds"] = torch.tensor(curve) / KERNEL_SCALE, torch.arange(1, len(curve) + 1)
     rows = {name: _measure(config, main, branches[name].out, count, arrays) for name in BRANCHES}
-    rows["exact"] = {"sequential": _scores(config, [main.part(_label("sequential", "dino", s), made_before) for s in range(config.seeds)])}
+    exact = [main.part(_label("sequential", "dino", s), made_before) for s in range(config.seeds)]
+    arrays["exact.sequential"] = torch.cat([tensors["x"] for tensors, _ in exact])
+    rows["exact"] = {"sequential": _scores(config, exact)}
     errors = _errors(branches, arrays)
     scan = _scan(arrays)
     evals = spent(branches)
@@ -138,7 +141,7 @@ def _parallel(config: Config, name: str, seed: int, n: int, position: int) -> No
                 curves["mmd"].append(distance(seen.states[-1]).mean)
                 curves["log_density"].append(metrics.log_density(lambda z: law.log_prob(z, grid[-2]), seen.states[-2]).mean)
                 curves["evals"].append(float((seen.end - seen.begin) * n) + (curves["evals"][-1] if curves["evals"] else 0.0))
-                if seen.number in (15, 20, 25):
+                if seen.number in (20, 25):
                     shown[f"round{seen.number}"] = seen.states[-1].clone()
                 shown["before"] = seen.states[-2]
 
@@ -177,7 +180,7 @@ def _measure(config: Config, main: Run, name: str, count: list[int], arrays: dic
     parallel = [main.part(_label("parallel", name, s), made_before) for s in range(len(count))]
     arrays[f"{branch}.sequential"] = torch.cat([tensors["x"] for tensors, _ in sequential])
     arrays[f"{branch}.parallel"] = torch.cat([tensors["x"] for tensors, _ in parallel])
-    for key in ("round15", "round20", "round25"):
+    for key in ("round20", "round25"):
         found = [tensors[key] for tensors, _ in parallel if key in tensors]
         if len(found) == len(parallel):
             arrays[f"{branch}.{key}"] = torch.cat(found)
@@ -303,8 +306,9 @@ def _blocks(config: Config, rows: dict[str, Any], errors: dict[str, Any], evals:
             "MMD stops telling good samplers apart; the exact density does not.", levels={"truth": truth.mean}, ylim=[-40, 4],
         ),
         page.scatter(
-            "Samples", [("truth", "truth"), *[(f"{b}, {k}", f"{b}.{a}") for b in BRANCHES for k, a in (("sequential", "sequential"), ("Picard round 20", "round20"), ("Picard converged", "parallel"))]],
-            "The exact law and the branches, all with the same noise.", limits=[-2.6, 2.6, -2.6, 2.6], columns=4,
+            "Samples",
+            [(f"{b}, {title}", f"{b}.{key}") for b in BRANCHES for title, key in SHOWN] + [("truth", "truth"), ("exact denoiser, sequential", "exact.sequential")],
+            "The branches and the exact denoiser, all with the same noise; and draws of the law.", limits=[-2.6, 2.6, -2.6, 2.6], columns=len(SHOWN),
         ),
         *[
             page.lines(
@@ -337,7 +341,7 @@ def _verdict(rows: dict[str, Any], errors: dict[str, Any], off: list[str], evals
     inside = errors["8;0"]["ratio"]
     parts = [
         f"After a common start the branches spent {', '.join(f'{n:,} ({name})' for name, n in evals.items())} denoiser evaluations.",
-        f"Contrastive over plain denoiser error: {_pm(inside)} on the training distribution at log-SNR 8; {gain:.2f} on average over points 2 nats or more too noisy.",
+        f"Contrastive over plain denoiser error: {_pm(inside, 3)} on the training distribution at log-SNR 8; {gain:.2f} on average over points 2 nats or more too noisy.",
     ]
     for sampler in ("sequential", "parallel"):
         a, b = rows["plain"][sampler]["log density"], rows["contrastive"][sampler]["log density"]

@@ -78,18 +78,20 @@ def _twin(curve: dict[str, Any], block: dict[str, Any]) -> int:
 
 
 def scatter(block: dict[str, Any], arrays: Arrays) -> Figure:
-    """Small multiples of point clouds on common axes."""
+    """Small multiples of point clouds on common axes, a colour for each GROUP of arrays named GROUP.NAME."""
     panels = [(title, name) for title, name in block["panels"] if name in arrays]
     columns = min(block.get("columns", 4), len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(8.2, 2.25 * rows))
     grid = figure.subplots(rows, columns, squeeze=False)
+    groups = list(dict.fromkeys(name.split(".")[0] for _, name in panels))
+    hues = {name: groups.index(name.split(".")[0]) % len(COLOURS) for _, name in panels}
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, (title, name) in zip(grid.flat, panels, strict=False):
         points = arrays[name]
         axes.set_axis_on()
-        axes.scatter(points[:, 0], points[:, 1], s=1.2, lw=0, color=COLOURS[2 if name == "truth" else int("contrastive" in name)], rasterized=True)
+        axes.scatter(points[:, 0], points[:, 1], s=1.2, lw=0, color=COLOURS[hues[name]], rasterized=True)
         axes.set(xlim=block["limits"][:2], ylim=block["limits"][2:], aspect="equal", xticks=[], yticks=[])
         axes.set_title(title, fontsize=8.5)
     return figure
