@@ -23,7 +23,7 @@ EVALS = (32, 128, 512)
 def measure(name: str, zeta: float, label: int, evals: int, points: int = 40, repeats: int = 50) -> dict[str, float | str | int]:
     """One row of the table: ``points`` draws of the label's law, each estimated ``repeats`` times."""
     law, generator = toy(name), torch.Generator().manual_seed(0)
-    x = law.sample(points, generator)
+    x = law.sample(points, generator, torch.float64)
     if label < 0:
         x = noised(x, zeta, generator)
     x = x.repeat(repeats, 1)
