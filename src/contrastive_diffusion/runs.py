@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -246,5 +247,6 @@ def work(tasks: list[Task], jobs: int) -> list[Any]:
 
 
 def _start_worker(lock: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches all processes; the parent ends the workers, in one line
     tqdm.set_lock(lock)
     tune_process()

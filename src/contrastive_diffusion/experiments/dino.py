@@ -21,6 +21,8 @@ from contrastive_diffusion.data.toys import dino
 from contrastive_diffusion.denoisers import noised
 from contrastive_diffusion.experiments import _page as page
 from contrastive_diffusion.experiments._branches import branch_recipes, made_before, spent, train_branches
+from contrastive_diffusion.experiments._dino_page import ARMS, BRANCHES, KERNEL_SCALE, THEIRS
+from contrastive_diffusion.experiments._dino_page import blocks as show
 from contrastive_diffusion.metrics import Score, average
 from contrastive_diffusion.parallel import Parallel
 from contrastive_diffusion.recipes import STRICT, Loss, Net, Train
@@ -28,18 +30,8 @@ from contrastive_diffusion.runs import Run, named_denoiser, work
 from contrastive_diffusion.sampling import Round, Sequential
 from contrastive_diffusion.training import Training, stream
 
-BRANCHES = ("plain", "contrastive", "uniform")
 LEVELS = (8.0, 6.0, 4.0, 0.0)  # log-SNRs at which the denoisers are examined
 OFFSETS = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 6.0)  # how much noisier than claimed the points are, nats
-SHOWN = (("Picard round 20", "round20"), ("Picard round 25", "round25"), ("Picard converged", "parallel"), ("sequential", "sequential"))
-KERNEL_SCALE = 2.302943  # 1 / sqrt(2 pi 0.03), a factor in the paper's MMD values
-# MMD after each Picard iteration stored with the paper's code (real Dino, 2,000 samples, one run each), in the paper's scale.
-THEIRS = {
-    "plain": [.0525, .0556, .0556, .0555, .0559, .0566, .0566, .0565, .0563, .0561, .0516, .0387, .0264, .0253, .0227, .0200, .0164, .0137, .0115, .0100,
-              .0087, .0077, .0067, .0058, .0050, .0043, .0037, .0035] + [.0034] * 9,
-    "contrastive": [.0522, .0556, .0563, .0562, .0565, .0565, .0566, .0568, .0569, .0567, .0548, .0491, .0346, .0251, .0199, .0179, .0149, .0138, .0102,
-                    .0088, .0077, .0055, .0051, .0036, .0031, .0022, .0016, .0014, .0012] + [.0013] * 7,
-}  # fmt: skip
 
 
 @schema(config=STRICT, frozen=True)
@@ -75,22 +67,21 @@ def run(config: Config) -> Path:
     """Trains, samples, measures; returns the run folder with results.json and arrays."""
     main = Run.open(config.out, config)
     count = [config.samples // config.seeds + (i < config.samples % config.seeds) for i in range(config.seeds)]
-    branches = branch_recipes(config, "dino", BRANCHES)
+    branches = branch_recipes(config, "dino", ARMS)
     train_branches(branches, config.jobs, [(_sequential, (config, "dino", seed, n)) for seed, n in enumerate(count)])
-    names = [branches[name].out for name in BRANCHES]
-    work([(draw, (config, name, seed, n)) for seed, n in enumerate(count) for draw in (_parallel, _sequential) for name in names], config.jobs)
+    jobs = [(_parallel, name) for name in BRANCHES] + [(_sequential, name) for name in ARMS]
+    work([(draw, (config, branches[name].out, seed, n)) for seed, n in enumerate(count) for draw, name in jobs], config.jobs)
     arrays: dict[str, Tensor] = {"truth": _reference()[: config.samples]}
     for name, curve in THEIRS.items():
         arrays[f"theirs.{name}"], arrays[f"theirs.{name}.rounds"] = torch.tensor(curve) / KERNEL_SCALE, torch.arange(1, len(curve) + 1)
-    rows = {name: _measure(config, main, branches[name].out, count, arrays) for name in BRANCHES}
-    exact = [main.part(_label("sequential", "dino", s), made_before) for s in range(config.seeds)]
-    arrays["exact.sequential"] = torch.cat([tensors["x"] for tensors, _ in exact])
-    rows["exact"] = {"sequential": _scores(config, exact)}
+    rows = {name: {"sequential": _measure_sequential(config, main, name, arrays)} for name in (*ARMS, "dino")}
+    for name in BRANCHES:
+        rows[name]["parallel"] = _measure_parallel(config, main, name, count, arrays)
     errors = _errors(branches, arrays)
     scan = _scan(arrays)
     evals = spent(branches)
     results = {"branches": rows, "denoiser error": errors, "bandwidth scan": scan, "denoiser evaluations": evals}
-    blocks = _blocks(config, rows, errors, evals, scan)
+    blocks = show(config, rows, errors, evals, scan, float(_grid(config)[-2]))
     main.write_results({"experiment": "dino", "title": "Dino: plain against contrastive", "numbers": page.numbers(results), "blocks": blocks}, arrays)
     return main.path
 
@@ -174,11 +165,19 @@ def _scores(config: Config, parts: list[tuple[dict[str, Tensor], dict[str, Any]]
     }
 
 
-def _measure(config: Config, main: Run, name: str, count: list[int], arrays: dict[str, Tensor]) -> dict[str, Any]:
-    branch = Path(name).name
-    sequential = [main.part(_label("sequential", name, s), made_before) for s in range(len(count))]
-    parallel = [main.part(_label("parallel", name, s), made_before) for s in range(len(count))]
-    arrays[f"{branch}.sequential"] = torch.cat([tensors["x"] for tensors, _ in sequential])
+def _parts(config: Config, main: Run, sampler: str, name: str) -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
+    return [main.part(_label(sampler, name, seed), made_before) for seed in range(config.seeds)]
+
+
+def _measure_sequential(config: Config, main: Run, name: str, arrays: dict[str, Tensor]) -> dict[str, Any]:
+    parts = _parts(config, main, "sequential", name)
+    arrays[f"{name}.sequential"] = torch.cat([tensors["x"] for tensors, _ in parts])
+    return _scores(config, parts)
+
+
+def _measure_parallel(config: Config, main: Run, branch: str, count: list[int], arrays: dict[str, Tensor]) -> dict[str, Any]:
+    """Table 1's columns, and the curves over rounds."""
+    parallel = _parts(config, main, "parallel", branch)
     arrays[f"{branch}.parallel"] = torch.cat([tensors["x"] for tensors, _ in parallel])
     for key in ("round20", "round25"):
         found = [tensors[key] for tensors, _ in parallel if key in tensors]
@@ -192,16 +191,14 @@ def _measure(config: Config, main: Run, name: str, count: list[int], arrays: dic
         arrays[f"{branch}.rounds"] = torch.arange(1, longest + 1)
     reached = [_first(tensors["mmd"], config.threshold) for tensors, _ in parallel]
     cost = [float(tensors["evals"][r - 1]) / n for (tensors, _), r, n in zip(parallel, reached, count, strict=True) if r]
-    scores = _scores(config, parallel)
-    equal = [float((p["x"] - s["x"]).square().sum(1).sqrt().max()) for (p, _), (s, _) in zip(parallel, sequential, strict=True)]
-    scores |= {
+    apart = (arrays[f"{branch}.parallel"] - arrays[f"{branch}.sequential"]).square().sum(1).sqrt()
+    return _scores(config, parallel) | {
         "rounds to threshold": average([float(r) for r in reached if r]) if any(reached) else None,
         "seeds that reached it": sum(r is not None for r in reached),
         "evals per sample to threshold": average(cost) if cost else None,
         "inefficiency": average([meta["evals"] / n / config.steps for (_, meta), n in zip(parallel, count, strict=True)]),
-        "largest distance to the sequential sample": max(equal),
+        "largest distance to the sequential sample": float(apart.max()),
     }
-    return {"sequential": _scores(config, sequential), "parallel": scores}
 
 
 def _first(curve: Tensor, threshold: float) -> int | None:
@@ -211,7 +208,7 @@ def _first(curve: Tensor, threshold: float) -> int | None:
 
 def _errors(branches: dict[str, Train], arrays: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     """Exact denoiser error at log-SNR a on points of log-SNR a - d, the same points for both branches, with the paired change."""
-    law, denoisers = dino(), {name: named_denoiser(branches[name].out)[0] for name in BRANCHES}
+    law, denoisers = dino(), {name: named_denoiser(branches[name].out)[0] for name in ARMS}
     x = law.sample(4000, stream(0, "points of the denoiser error"))
     table: dict[str, dict[str, Any]] = {}
     for level in LEVELS:
@@ -219,7 +216,7 @@ def _errors(branches: dict[str, Train], arrays: dict[str, Tensor]) -> dict[str, 
             z = noised(x, level - offset, stream(0, f"noise of the denoiser error {offset}"))
             each = {name: _row_errors(denoiser, law, z, level) for name, denoiser in denoisers.items()}
             table[f"{level:g};{offset:g}"] = {name: average(v) for name, v in each.items()} | {"ratio": _ratio(each["contrastive"], each["plain"])}
-        for name in BRANCHES:
+        for name in ARMS:
             scores = [table[f"{level:g};{offset:g}"][name] for offset in OFFSETS]
             arrays[f"error.{level:g}.{name}"] = torch.tensor([s.mean for s in scores])
             arrays[f"error.{level:g}.{name}.err"] = torch.tensor([s.stderr for s in scores])
@@ -248,114 +245,3 @@ def _scan(arrays: dict[str, Tensor]) -> dict[str, Any]:
     arrays["scan.mmd"], arrays["scan.err"] = torch.tensor([s.mean for s in scores]), torch.tensor([s.stderr for s in scores])
     best = int(arrays["scan.mmd"].argmax())
     return {"bandwidth": float(widths[best]), "mmd": scores[best]}
-
-
-def _blocks(config: Config, rows: dict[str, Any], errors: dict[str, Any], evals: dict[str, int], scan: dict[str, Any]) -> list[page.Block]:
-    truth = rows["plain"]["sequential"]["log density of truth"]
-    body = []
-    for name in BRANCHES:
-        for sampler in ("parallel", "sequential"):
-            s = rows[name][sampler]
-            body.append([
-                f"{name}, {sampler}", s.get("rounds to threshold", "") if sampler == "parallel" else "", s["rounds"], s["evals per sample"],
-                s.get("inefficiency", 1.0), s["seconds"], page.cell(s["mmd"], 1e3), s["log density"], page.cell(s["off support"], 100),
-            ])  # fmt: skip
-    s = rows["exact"]["sequential"]
-    body.append([
-        "exact, sequential", "", s["rounds"], s["evals per sample"], 1.0, s["seconds"], page.cell(s["mmd"], 1e3), s["log density"],
-        page.cell(s["off support"], 100),
-    ])  # fmt: skip
-    theirs = [
-        ["theirs: DDPM, parallel", "never", 37, None, 14.4, 1.871, 3.4 / KERNEL_SCALE, None, None],
-        ["theirs: CDL, parallel", 27, 36, None, 14.0, 1.368, 1.3 / KERNEL_SCALE, None, None],
-    ]
-    columns = ["", f"rounds to MMD ≤ {config.threshold * 1e3:.2f}e-3", "rounds to convergence", "evals per sample", "inefficiency", "seconds",
-               "MMD² × 1000", "exact log-density, nats", "off support, %"]  # fmt: skip
-    reached = ", ".join(f"{rows[name]['parallel']['seeds that reached it']} of {config.seeds} ({name})" for name in BRANCHES)
-    table = page.table(
-        "Table 1: DDPM sampling of Dino",
-        columns,
-        body + theirs,
-        f"Mean ± standard error over {config.seeds} sampling seeds, {config.samples} samples in all, {config.steps} steps, Picard over the whole grid, "
-        f"tolerance {config.tolerance:g}; seeds that reached the threshold: {reached}; rounds to it are means over those. "
-        f"Inefficiency: evaluations over the sequential sampler's. Log-density: exact "
-        f"log p at the last noisy level ({float(_grid(config)[-2]):.2f}), of the state there; the truth scores {_pm(truth)}. Off support: share of "
-        f"states less likely than the 0.1 % quantile of the truth. Seconds: per seed, {config.jobs} processes of one thread side by side. "
-        f"Exact: the exact denoiser, sampled in sequence. Theirs: numbers stored with the paper's code (one run each, another network, a GPU), their MMD "
-        f"divided by {KERNEL_SCALE:.3f}.",
-    )
-    off = [k for k in errors if float(k.split(";")[1]) >= 2 and float(k.split(";")[0]) >= 4]
-    return [
-        page.text(_verdict(rows, errors, off, evals)),
-        page.math(
-            r"\mathcal{L}_{CDL} = \mathbb{E}\,\mathrm{softplus}\left(y \cdot \tfrac12 \int \mathbb{E}_\epsilon\left[\|\epsilon-\hat\epsilon(z_\alpha,\alpha)\|^2 - "
-            r"\|\epsilon-b\,\hat\epsilon(z_\alpha,\beta)\|^2\right] d\alpha\right)",
-            "The contrastive loss: y = +1 for data, −1 for data noised to log-SNR ζ; (β, b) compose α with ζ.",
-        ),
-        table,
-        page.lines(
-            "MMD against Picard rounds (Fig. 4)", "round", "MMD² to the truth",
-            [page.series(name, f"{name}.rounds", f"{name}.mmd", f"{name}.mmd.err") for name in BRANCHES]
-            + [page.series(f"paper's stored run, {name}", f"theirs.{name}.rounds", f"theirs.{name}", None, "dashed") for name in THEIRS],
-            "Quality of the sample as it stands after each round. Bands: standard error over sampling seeds. Dashed: stored with the paper's code, rescaled.",
-            logy=True, levels={"threshold": config.threshold}, ylim=[1e-5, 0.05],
-        ),
-        page.lines(
-            "Exact log-density against Picard rounds", "round", "mean log p at the last noisy level, nats",
-            [page.series(name, f"{name}.rounds", f"{name}.log_density", f"{name}.log_density.err") for name in BRANCHES],
-            "MMD stops telling good samplers apart; the exact density does not.", levels={"truth": truth.mean}, ylim=[-40, 4],
-        ),
-        page.scatter(
-            "Samples",
-            [(f"{b}, {title}", f"{b}.{key}") for b in BRANCHES for title, key in SHOWN] + [("truth", "truth"), ("exact denoiser, sequential", "exact.sequential")],
-            "The branches and the exact denoiser, all with the same noise; and draws of the law.", limits=[-2.6, 2.6, -2.6, 2.6], columns=len(SHOWN),
-        ),
-        *[
-            page.lines(
-                f"Denoiser error at log-SNR {level:g}", "how much noisier than claimed the points are, nats", "mean squared error of eps-hat",
-                [page.series(name, "offsets", f"error.{level:g}.{name}", f"error.{level:g}.{name}.err") for name in BRANCHES],
-                "At 0 the points are the training distribution; to the right, what a sampler meets when it is off the path.", logy=True,
-            )
-            for level in (8.0, 4.0)
-        ],
-        page.table(
-            "Denoiser error, exact", ["log-SNR; points noisier by", *BRANCHES, "contrastive / plain"],
-            [[key.replace(";", "; "), *[scores[name] for name in BRANCHES], scores["ratio"]] for key, scores in errors.items()],
-            "Mean squared error of eps-hat against the exact denoiser on 4,000 points, the same for both branches; the ratio's error is paired.",
-        ),
-        page.lines(
-            "Choice of the MMD bandwidth (Fig. 8)", "kernel std", "MMD² of data against N(0, I)", [page.series("Dino against N(0, I)", "scan.bandwidth", "scan.mmd", "scan.err")],
-            f"The paper's rule, the bandwidth of the largest MMD, gives {scan['bandwidth']:.2f} for the kernel it prints; its code uses a variance of 0.03, "
-            f"a std of {0.03**0.5:.3f}, which this page follows.", logx=True,
-        ),
-    ]  # fmt: skip
-
-
-def _pm(score: Score, digits: int = 2) -> str:
-    return f"{score.mean:.{digits}f} ± {score.stderr:.{digits}f}"
-
-
-def _verdict(rows: dict[str, Any], errors: dict[str, Any], off: list[str], evals: dict[str, int]) -> str:
-    """What came out, in words that follow the numbers."""
-    gain = sum(errors[k]["ratio"].mean for k in off) / len(off)
-    inside = errors["8;0"]["ratio"]
-    parts = [
-        f"After a common start the branches spent {', '.join(f'{n:,} ({name})' for name, n in evals.items())} denoiser evaluations.",
-        f"Contrastive over plain denoiser error: {_pm(inside, 3)} on the training distribution at log-SNR 8; {gain:.2f} on average over points 2 nats or more too noisy.",
-    ]
-    for sampler in ("sequential", "parallel"):
-        a, b = rows["plain"][sampler]["log density"], rows["contrastive"][sampler]["log density"]
-        difference = Score(b.mean - a.mean, (a.stderr**2 + b.stderr**2) ** 0.5)
-        word = (
-            "higher"
-            if difference.mean > 2 * difference.stderr
-            else "lower"
-            if difference.mean < -2 * difference.stderr
-            else "no different within two standard errors"
-        )
-        control = rows["uniform"][sampler]["log density"]
-        parts.append(
-            f"Exact log-density of {sampler} samples: contrastive {_pm(b)}, plain {_pm(a)} ({word}); plain loss with uniform levels {_pm(control)}."
-        )
-    parts.append("One training seed: differences of this size between two trainings of the same branch cannot be excluded here.")
-    return " ".join(parts)
