@@ -33,27 +33,29 @@ def test_llr_is_the_closed_form(name, label, zeta, generator):
     # the mean over all rows within four of its own standard errors (from the spread over rows, and from the reported errors)
     assert abs(float(error.mean())) <= 4 * float(error.std()) / 20
     assert abs(float(error.mean())) <= 4 * float(result.stderr.square().mean().sqrt()) / 20
-    # half of it, or twice it, would not do (where the truth is larger than the noise)
-    clear = truth.abs() > 8 * error.std()
-    if clear.any():
-        assert (((result.mean / truth)[clear] - 1).abs() < 0.4).all()
+    # half of it, or twice it, would not do, where the truth is larger than the noise
+    mean, exact, noise = result.mean.reshape(50, 8).mean(0), truth[:8], error.reshape(50, 8).std(0) / math.sqrt(50)
+    clear = exact.abs() > 20 * noise
+    assert ((mean / exact - 1).abs() < 0.25)[clear].all()
+    assert clear.any() or label * zeta in (0.0, 6.0)
 
 
 @pytest.mark.parametrize("label", [1, -1])
 @pytest.mark.parametrize("name", LAWS)
 def test_the_standard_error_is_calibrated(name, label, generator):
-    """Unit z-scores on average over zeta; single ones are near it (skewed integrands make them a little larger)."""
-    law, spread = LAWS[name](), []
+    """Its square is the mean squared error. (Single z-scores are skewed: what is rare makes both the error and its estimate large.)"""
+    law, ratios = LAWS[name](), []
     for zeta in ZETAS:
         x = _points(law, label, zeta, 8, generator).repeat(50, 1)
-        result = llr(law, x, zeta, 256, generator)
-        spread.append(float(((result.mean - law.llr(x, zeta)) / result.stderr).square().mean().sqrt()))
-    assert all(0.4 < s < 1.5 for s in spread), spread
-    assert 0.75 < sum(spread) / len(spread) < 1.25, spread
+        result = llr(law, x, zeta, 512, generator)
+        ratios.append(float(((result.mean - law.llr(x, zeta)).square().mean() / result.stderr.square().mean()).sqrt()))
+    assert all(0.5 < ratio < 1.3 for ratio in ratios), ratios
+    assert 0.8 < sum(ratios) / len(ratios) < 1.12, ratios
 
 
-@pytest.mark.parametrize(("zeta", "bound"), [(9.0, 0.35), (12.0, 0.05)])
+@pytest.mark.parametrize(("zeta", "bound"), [(9.0, 0.12), (12.0, 0.012), (15.0, 0.0008)])
 def test_llr_deviates_little_on_dino(zeta, bound, generator):
+    """At 128 evaluations. Independent draws with one law for all zeta deviate by 2, 2 and 2 nats."""
     law = dino()
     x = law.sample(40, generator).repeat(25, 1)
     error = llr(law, x, zeta, 128, generator).mean - law.llr(x, zeta)
@@ -104,8 +106,7 @@ def test_nll_is_the_closed_form(name, generator):
         result = nll(law, x, 256, generator, spectrum=chosen)
         error = result.mean - law.nll(x)
         assert abs(float(error.mean())) <= 4 * float(error.std()) / math.sqrt(480)
-        z = error / result.stderr
-        assert 0.6 < float(z.square().mean().sqrt()) < 1.5
+        assert 0.5 < float((error.square().mean() / result.stderr.square().mean()).sqrt()) < 1.3
 
 
 def test_noise_posterior_is_the_exact_one(generator):
@@ -133,7 +134,7 @@ def test_evals_are_what_the_denoiser_saw(generator):
     x = law.sample(7, generator)
     for evaluate, evals in (
         (lambda d: llr(d, x, 3.0, 65, generator), 64),
-        (lambda d: nll(d, x, 33, generator), 33),
+        (lambda d: nll(d, x, 33, generator), 32),
         (lambda d: mse_curve(d, x, torch.tensor([0.0, 1.0]), 9, generator), 8),
     ):
         counted = Counted(law)
@@ -153,6 +154,22 @@ def test_memory_is_bounded_by_max_rows(generator):
     assert max(calls) <= 200
     z = (result.mean - law.llr(x, 6.0)) / result.stderr
     assert abs(float(z.mean())) < 4 * float(z.std()) / math.sqrt(50)
+
+
+def test_the_control_variate_has_mean_zero_and_pays(generator, monkeypatch):
+    """On few points and one row too: it never biases, and with many rows it takes most of the variance."""
+    import contrastive_diffusion.likelihood as likelihood
+
+    law = dino()
+    one = law.sample(1, generator, torch.float64)
+    errors = torch.cat([llr(law, one, 9.0, 64, generator).mean for _ in range(400)]) - law.llr(one, 9.0)
+    assert abs(float(errors.mean())) <= 4 * float(errors.std()) / 20
+    x = law.sample(400, generator, torch.float64)
+    deviation = {}
+    for name in ("with", "without"):
+        deviation[name] = float((llr(law, x, 9.0, 128, generator).mean - law.llr(x, 9.0)).square().mean())
+        monkeypatch.setattr(likelihood, "_features", lambda *_: None)
+    assert deviation["with"] < 0.15 * deviation["without"]
 
 
 def test_both_terms_share_their_draws(generator):
@@ -181,9 +198,9 @@ def test_an_infinite_level_is_the_data_itself(generator):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda law, x: llr(law, x, 6.0, 3), "given evals = 3, expected evals >= 4"),
+        (lambda law, x: llr(law, x, 6.0, 3), "given evals = 3, expected evals >= 8"),
         (lambda law, x: llr(law, x, 6.0, 0), "given evals = 0"),
-        (lambda law, x: nll(law, x, 1), "given evals = 1, expected evals >= 2"),
+        (lambda law, x: nll(law, x, 1), "given evals = 1, expected evals >= 4"),
         (lambda law, x: llr(law, x, 31.0), r"given zeta = 31, expected log-SNR within \+-30"),
         (lambda law, x: llr(law, x, math.nan), "zeta that is NaN"),
         (lambda law, x: llr(law, x[:0], 6.0), "at least one row"),
@@ -191,7 +208,7 @@ def test_an_infinite_level_is_the_data_itself(generator):
         (lambda law, x: llr(law, x.long(), 6.0), "int64"),
         (lambda law, x: llr(law, x / 0, 6.0), "non-finite"),
         (lambda law, x: nll(law, x, 8, spectrum=torch.zeros(3)), r"expected \(2,\)"),
-        (lambda law, x: noise_posterior(law, x, torch.zeros(4), 3), "given evals = 3, expected evals >= 4"),
+        (lambda law, x: noise_posterior(law, x, torch.zeros(4), 3), "given evals = 3, expected evals >= 8"),
     ],
 )
 def test_bad_input_is_one_line(call, message, generator):

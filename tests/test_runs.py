@@ -21,7 +21,7 @@ from contrastive_diffusion.training import Training
 
 
 def _config(out: Path, **training) -> Train:
-    loss = Loss(contrastive=0.1, points=2)
+    loss = Loss(contrastive=0.1, points=4)
     return Train(
         out=str(out), net=Net(width=8, blocks=1), loss=loss, training=Training(**{"steps": 40, "batch": 16, **training}), checkpoint_every=10
     )

@@ -11,6 +11,10 @@ variance. The integral runs over the whole line: points follow a plateau with ex
 truncated and the estimate is unbiased for any denoiser whose error settles in the tails (networks: see ``denoisers.Bounded``).
 Where the plateau lies decides the variance only: from below the coarser to above the finer of the two scales at which the integrand
 changes, :math:`\zeta` and the data's finest detail.
+
+Two more devices, both without bias. Neighbouring strata share their noise up to its sign, so what is odd in :math:`\epsilon` cancels. What
+is left is mostly quadratic, so a control variate takes out the best combination of :math:`\epsilon_i^2-1` (mean zero), smooth in
+:math:`\alpha`; its coefficients are fitted on the even pairs of all rows and used on the odd ones, and the other way round.
 """
 
 from collections.abc import Iterator
@@ -53,25 +57,27 @@ def llr(
         denoiser: of the data p.
         x: (B, *S) clean or noised points; any x, not only likely ones.
         zeta: log-SNR of the noised law, a number or (B,), within +-30 nats.
-        evals: denoiser evaluations per row, at least 4 (two points of two evaluations).
+        evals: denoiser evaluations per row, at least 8 (two pairs of points of two evaluations each).
         finest: log-SNR of the data's finest detail; ``finest_of(denoiser)`` by default. Affects the variance only.
         max_rows: rows per denoiser call; bounds memory.
 
     Raises:
         UsageError: for empty, non-finite or non-floating x, zeta out of range, evals too small.
     """
-    points = _points(evals, 2, "two points of two evaluations, for a standard error")
+    points = _points(evals, 2, "two pairs of points of two evaluations each")
     zeta = _level(zeta, check_data(x))
     finest = finest_of(denoiser) if finest is None else finest
     low, high = zeta.clamp(max=finest)[:, None] - MARGIN, finest + MARGIN
     parts = []
     for rows in _chunks(len(x), max_rows // (2 * points)):
-        logsnr, weight, eps, z = _draw(x[rows], Plateau(low[rows], high), points, generator)
+        law = Plateau(low[rows], high)
+        logsnr, weight, eps, z = _draw(x[rows], law, points, generator)
         beta, b = compose(logsnr, zeta[rows, None])
         clean, noised = _read(denoiser, z, torch.stack([logsnr, beta]), max_rows)
         noised = noised * per_row(b, z)
         # |eps - clean|^2 - |eps - noised|^2 as a product: no cancellation of squares where the two levels meet.
-        parts.append(0.5 * weight.to(x.dtype) * ((noised - clean) * (2 * eps - clean - noised)).flatten(2).sum(2))
+        value = 0.5 * weight.to(x.dtype) * ((noised - clean) * (2 * eps - clean - noised)).flatten(2).sum(2)
+        parts.append(_controlled(value, law, logsnr, weight, eps))
     return _mean(parts, 2 * points)
 
 
@@ -92,24 +98,23 @@ def nll(
 
     Args:
         spectrum: :math:`\lambda`, log-eigenvalues of the data's covariance, (d,); zeros (unit variance) by default.
-        evals: denoiser evaluations per row, at least 2. Others as for ``llr``.
+        evals: denoiser evaluations per row, at least 4. Others as for ``llr``.
     """
-    points, dim = _points(evals, 1, "two points, for a standard error"), check_data(x)[0].numel()
+    points, dim = _points(evals, 1, "two pairs of points"), check_data(x)[0].numel()
     spectrum = torch.zeros(dim) if spectrum is None else torch.as_tensor(spectrum)
     require(spectrum.shape == (dim,), f"a spectrum of shape {tuple(spectrum.shape)}", f"({dim},), one log-eigenvalue per dimension of x")
     spectrum = spectrum.to(x.device, torch.float64)
     finest = finest_of(denoiser) if finest is None else finest
     entropy = 0.5 * (dim * torch.log(torch.tensor(2 * torch.pi * torch.e, dtype=torch.float64)) + spectrum.sum()).to(x.device)
-    low = min(float((-spectrum).min()), finest) - MARGIN
-    high = max(float((-spectrum).max()), finest) + MARGIN
+    law = Plateau(min(float((-spectrum).min()), finest) - MARGIN, max(float((-spectrum).max()), finest) + MARGIN)
     parts = []
     for rows in _chunks(len(x), max_rows // points):
-        logsnr, weight, eps, z = _draw(x[rows], Plateau(low, high), points, generator)
+        logsnr, weight, eps, z = _draw(x[rows], law, points, generator)
         (eps_hat,) = _read(denoiser, z, logsnr[None], max_rows)
         error = (eps - eps_hat).square().flatten(2).sum(2)
         excess = torch.sigmoid(logsnr - finest).square() * (dim - eps.square().flatten(2).sum(2))
         baseline = torch.sigmoid(logsnr[..., None] + spectrum).sum(-1)
-        parts.append(0.5 * (weight * (error + excess - baseline)).to(x.dtype))
+        parts.append(_controlled(0.5 * (weight * (error + excess - baseline)).to(x.dtype), law, logsnr, weight, eps))
     estimate = _mean(parts, points)
     return Estimate(estimate.mean + entropy.to(x.dtype), estimate.stderr, estimate.evals)
 
@@ -127,12 +132,12 @@ def noise_posterior(
     r"""Log-probabilities (B, L) that x was drawn from :math:`p_\zeta` for each of L ``logsnrs``, under equal priors.
 
     One set of (alpha, eps) serves all levels and only differences between levels enter, so the data itself need not have a density.
-    ``evals`` per row, at least L.
+    ``evals`` per row, at least 2 L.
     """
     logsnrs = torch.as_tensor(logsnrs, dtype=torch.float64, device=check_data(x).device)
     require(logsnrs.dim() == 1 and len(logsnrs) >= 1, f"logsnrs of shape {tuple(logsnrs.shape)}", "(L,) with L >= 1")
     levels, count = _level(logsnrs, logsnrs[:, None]), len(logsnrs)
-    points = _points(evals, count, f"one evaluation for each of the {count} levels", least=1)
+    points = _points(evals, count, f"a pair of points, with one evaluation for each of the {count} levels", least=2)
     finest = min(finest_of(denoiser) if finest is None else finest, float(levels.max()))
     law = Plateau(min(float(levels.min()), finest) - MARGIN, finest + MARGIN)
     parts = []
@@ -151,7 +156,7 @@ def mse_curve(denoiser: Denoiser, x: Tensor, logsnrs: Tensor, evals: int = 128, 
     ``evals`` per row in all, at least 2 L; every level reads the same noise.
     """
     levels = torch.as_tensor(logsnrs, dtype=torch.float64, device=check_data(x).device)
-    n = _points(evals, len(levels), f"two draws at each of {len(levels)} levels")
+    n = _points(evals, len(levels), f"two draws at each of {len(levels)} levels", least=2)
     eps = _normal((len(x), n, *x.shape[1:]), x, generator)
     out = []
     for level in levels:
@@ -162,9 +167,10 @@ def mse_curve(denoiser: Denoiser, x: Tensor, logsnrs: Tensor, evals: int = 128, 
     return Estimate(values.mean(2), values.std(2) / n**0.5, n * len(levels))
 
 
-def _points(evals: int, per_point: int, why: str, least: int = 2) -> int:
+def _points(evals: int, per_point: int, why: str, least: int = 4) -> int:
+    """The even number of points that ``evals`` pay for."""
     require(evals >= least * per_point, f"evals = {evals}", f"evals >= {least * per_point} ({why})")
-    return evals // per_point
+    return evals // per_point // 2 * 2
 
 
 def _level(zeta: Tensor | float, x: Tensor) -> Tensor:
@@ -184,11 +190,12 @@ def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | N
 
 
 def _draw(x: Tensor, law: Plateau, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One point in each n-th of the law for every row: logsnr, weight (b, n) float64; eps, z (b, n, *S)."""
+    """One point in each n-th of the law for every row: logsnr, weight (b, n) float64; eps, z (b, n, *S). Points 2j and 2j + 1 have noise of opposite sign."""
     device = generator.device if generator is not None else x.device
     u = torch.rand((len(x), n), generator=generator, dtype=torch.float64, device=device).to(x.device)
     logsnr, weight = slope(law, ((torch.arange(n, device=x.device) + u) / n).clamp(1e-12, 1 - 1e-12))
-    eps = _normal((len(x), n, *x.shape[1:]), x, generator)
+    half = _normal((len(x), n // 2, *x.shape[1:]), x, generator)
+    eps = torch.stack([half, -half], 2).flatten(1, 2)
     z = corrupt(x[:, None].expand_as(eps).flatten(0, 1), logsnr.flatten(), eps.flatten(0, 1)).reshape(eps.shape)
     return logsnr, weight, eps, z
 
@@ -199,9 +206,56 @@ def _read(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int) -> Tenso
     return evaluate(denoiser, rows, logsnr.flatten(), max_rows).reshape(len(logsnr), *z.shape)
 
 
+def _controlled(value: Tensor, law: Plateau, logsnr: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
+    """Pair means (b, n / 2) of weighted integrands (b, n), less the control variate. Differentiable, coefficients included."""
+    pairs = value.unflatten(1, (-1, 2)).mean(2)
+    features = _features(law, logsnr, weight, eps)
+    if features is None:
+        return pairs
+    even = torch.arange(pairs.shape[1], device=pairs.device) % 2 == 0
+    out = torch.empty_like(pairs)
+    for fitted, used in ((even, ~even), (~even, even)):
+        coefficients = _fit(features[:, fitted], pairs[:, fitted].double())
+        out[:, used] = pairs[:, used] - (features[:, used] @ coefficients).to(pairs.dtype)
+    return out
+
+
+def _features(law: Plateau, logsnr: Tensor, weight: Tensor, eps: Tensor) -> Tensor | None:
+    """weight * bump_j(logsnr) * (eps_i^2 - 1), averaged over pairs: (b, n / 2, P) float64, mean zero; None with too little to fit them on.
+
+    The bumps are smooth, cover the plateau and vanish beyond it, where weights grow; in more than four dimensions the squares are averaged over i.
+    """
+    squares = eps.double().square().flatten(2) - 1
+    squares = squares if squares.shape[2] <= 4 else squares.mean(2, keepdim=True)
+    rows, n, axes = squares.shape
+    bumps = min(5, rows * (n // 4) // (8 * axes))
+    if bumps < 1 or n < 8:
+        return None
+    position = (logsnr - law.low) / (law.high - law.low)
+    centres = torch.linspace(0, 1, bumps, dtype=torch.float64, device=eps.device) if bumps > 1 else torch.full((1,), 0.5, device=eps.device)
+    distance = ((position[..., None] - centres) * max(bumps - 1, 1)).abs().clamp(max=1)
+    bump = 0.5 * (1 + torch.cos(torch.pi * distance))
+    return (bump[..., None, :] * squares[..., None] * weight[..., None, None]).flatten(2).unflatten(1, (-1, 2)).mean(2)
+
+
+def _fit(features: Tensor, pairs: Tensor) -> Tensor:
+    """Least squares of pairs (b, m) on features (b, m, P), by differences of neighbours (which do not see the trend), rows at unit noise."""
+    target, design = pairs.diff(dim=1), features.diff(dim=1)
+    scale = target.detach().square().mean(1, keepdim=True).sqrt().clamp_min(1e-300)
+    target, design = (target / scale).flatten(), (design / scale[..., None]).flatten(0, 1)
+    size = design.square().mean(0).sqrt().clamp_min(1e-300)
+    design = design / size
+    gram = design.T @ design + 1e-3 * len(design) * torch.eye(design.shape[1], dtype=design.dtype, device=design.device)
+    return torch.linalg.solve(gram, design.T @ target) / size
+
+
 def _mean(parts: list[Tensor], evals: int) -> Estimate:
-    """Mean over strata and its standard error from differences of neighbouring strata, which do not see the trend across them."""
+    """Mean over pairs and its standard error, from differences of neighbouring pairs: first ones, or second ones where there are enough.
+
+    Differences do not see the trend across the strata, which is no error of a stratified mean.
+    """
     values = torch.cat(parts)
     n = values.shape[1]
-    variance = values.detach().diff(dim=1).square().sum(1) / (2 * (n - 1) * n)
-    return Estimate(values.mean(1), variance.sqrt(), evals)
+    order, norm = (2, 6) if n >= 8 else (1, 2)  # a difference of unit noise has variance 2, a second one 6
+    squares = values.detach().diff(n=order, dim=1).square()
+    return Estimate(values.mean(1), (squares.mean(1) / (norm * n)).sqrt(), evals)

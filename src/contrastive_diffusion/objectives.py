@@ -109,7 +109,7 @@ class Contrastive:
     finest: float | None = None
 
     def __post_init__(self):
-        require(self.points >= 2, f"points = {self.points}", "points >= 2")
+        require(self.points >= 4 and self.points % 2 == 0, f"points = {self.points}", "an even number of points >= 4")
         require(0 < self.share <= 1, f"share = {self.share}", "0 < share <= 1")
 
     def __call__(self, denoiser: Denoiser, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
