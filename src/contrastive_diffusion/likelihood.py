@@ -68,6 +68,7 @@ def llr(
     zeta = _level(zeta, check_data(x))
     finest = finest_of(denoiser) if finest is None else finest
     low, high = zeta.clamp(max=finest)[:, None] - MARGIN, finest + MARGIN
+    alike = bool((zeta == zeta[0]).all())  # rows of different zeta have no coefficients in common
     parts = []
     for rows in _chunks(len(x), max_rows // (2 * points)):
         law = Plateau(low[rows], high)
@@ -77,7 +78,7 @@ def llr(
         noised = noised * per_row(b, z)
         # |eps - clean|^2 - |eps - noised|^2 as a product: no cancellation of squares where the two levels meet.
         value = 0.5 * weight.to(x.dtype) * ((noised - clean) * (2 * eps - clean - noised)).flatten(2).sum(2)
-        parts.append(_controlled(value, law, logsnr, weight, eps))
+        parts.append(_controlled(value, law, logsnr, weight, eps) if alike else _pairs(value))
     return _mean(parts, 2 * points)
 
 
@@ -206,16 +207,21 @@ def _read(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int) -> Tenso
     return evaluate(denoiser, rows, logsnr.flatten(), max_rows).reshape(len(logsnr), *z.shape)
 
 
+def _pairs(value: Tensor) -> Tensor:
+    """Means of neighbouring points, (b, n) -> (b, n / 2)."""
+    return value.unflatten(1, (-1, 2)).mean(2)
+
+
 def _controlled(value: Tensor, law: Plateau, logsnr: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
-    """Pair means (b, n / 2) of weighted integrands (b, n), less the control variate. Differentiable, coefficients included."""
-    pairs = value.unflatten(1, (-1, 2)).mean(2)
+    """Pair means (b, n / 2) of weighted integrands (b, n), less the control variate (a constant to the gradient, which it would make noisier)."""
+    pairs = _pairs(value)
     features = _features(law, logsnr, weight, eps)
     if features is None:
         return pairs
     even = torch.arange(pairs.shape[1], device=pairs.device) % 2 == 0
     out = torch.empty_like(pairs)
     for fitted, used in ((even, ~even), (~even, even)):
-        coefficients = _fit(features[:, fitted], pairs[:, fitted].double())
+        coefficients = _fit(features[:, fitted], pairs[:, fitted].detach().double())
         out[:, used] = pairs[:, used] - (features[:, used] @ coefficients).to(pairs.dtype)
     return out
 
@@ -228,20 +234,25 @@ def _features(law: Plateau, logsnr: Tensor, weight: Tensor, eps: Tensor) -> Tens
     squares = eps.double().square().flatten(2) - 1
     squares = squares if squares.shape[2] <= 4 else squares.mean(2, keepdim=True)
     rows, n, axes = squares.shape
-    bumps = min(5, rows * (n // 4) // (8 * axes))
-    if bumps < 1 or n < 8:
+    bumps = min(5, rows * (n // 4 - 1) // (24 * axes))  # 24 differences for each coefficient: fewer do harm
+    if bumps < 1:
         return None
     position = (logsnr - law.low) / (law.high - law.low)
-    centres = torch.linspace(0, 1, bumps, dtype=torch.float64, device=eps.device) if bumps > 1 else torch.full((1,), 0.5, device=eps.device)
-    distance = ((position[..., None] - centres) * max(bumps - 1, 1)).abs().clamp(max=1)
-    bump = 0.5 * (1 + torch.cos(torch.pi * distance))
+    inside = position.clamp(0, 1)
+    distance = (inside[..., None] * max(bumps - 1, 1) - torch.arange(bumps, dtype=torch.float64, device=eps.device)).abs()
+    bump = (_taper(distance) if bumps > 1 else torch.ones_like(distance)) * _taper(4 * (position - inside).abs())[..., None]
     return (bump[..., None, :] * squares[..., None] * weight[..., None, None]).flatten(2).unflatten(1, (-1, 2)).mean(2)
+
+
+def _taper(distance: Tensor) -> Tensor:
+    """From 1 at distance 0 to 0 at distance 1 and beyond, as a cosine."""
+    return 0.5 * (1 + torch.cos(torch.pi * distance.clamp(max=1)))
 
 
 def _fit(features: Tensor, pairs: Tensor) -> Tensor:
     """Least squares of pairs (b, m) on features (b, m, P), by differences of neighbours (which do not see the trend), rows at unit noise."""
     target, design = pairs.diff(dim=1), features.diff(dim=1)
-    scale = target.detach().square().mean(1, keepdim=True).sqrt().clamp_min(1e-300)
+    scale = target.square().mean(1, keepdim=True).sqrt().clamp_min(1e-300)
     target, design = (target / scale).flatten(), (design / scale[..., None]).flatten(0, 1)
     size = design.square().mean(0).sqrt().clamp_min(1e-300)
     design = design / size
