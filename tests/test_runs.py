@@ -222,3 +222,38 @@ def test_parts_are_made_once(tmp_path):
         assert tensors["a"].equal(torch.ones(2))
         assert meta == {"n": 1}
     assert made == [1]
+
+
+def _sleep(seconds: float, position: int) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def test_a_failure_ends_the_work_of_the_others_at_once():
+    start = time.monotonic()
+    with pytest.raises(RunError, match="given 13"):
+        work([(_sleep, (120.0,)), (_square, (13,))], 2)
+    assert time.monotonic() - start < 60
+
+
+INTERRUPTED = """
+import sys
+from contrastive_diffusion.cli import main
+sys.exit(main(["run", "two-modes", "quick", "--out", sys.argv[1], "--base.steps", "1000000"]))
+"""
+
+
+def test_ctrl_c_in_the_middle_of_a_run_is_one_line_and_leaves_no_process(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(tmp_path / "run")], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "base" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert error.replace("\r", "\n").strip().split("\n")[-1] == "cdl: interrupted; run the same command again to continue"
+    assert "Traceback" not in error
+    with pytest.raises(ProcessLookupError):  # nothing of the group is left
+        for _ in range(50):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)

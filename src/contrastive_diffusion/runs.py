@@ -239,9 +239,9 @@ def work(tasks: list[Task], jobs: int) -> list[Any]:
             for future in as_completed(futures):
                 future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
             for process in list((pool._processes or {}).values()):  # the others would otherwise run to their end
                 process.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [future.result() for future in futures]
 
