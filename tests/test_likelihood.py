@@ -172,6 +172,21 @@ def test_the_control_variate_has_mean_zero_and_pays(generator, monkeypatch):
     assert deviation["with"] < 0.15 * deviation["without"]
 
 
+def test_rows_without_noise_are_exact_beside_others(generator):
+    """A denoiser that says nothing on one half of the line has ratio 0 there, whatever the other rows need."""
+    law = dino()
+    x = law.sample(40, generator, torch.float64)
+    x[:20, 0], x[20:, 0] = -30.0, x[20:, 0].abs() + 30.0  # no point of one half reaches the other where the denoiser speaks
+
+    def half(z, logsnr):
+        return torch.where((logsnr > 2)[:, None] & (z[:, :1] > 0), law(z, logsnr).clamp(-5, 5), torch.zeros_like(z))
+
+    result = llr(half, x, 9.0, 128, generator, finest=law.finest)
+    assert result.mean.isfinite().all()
+    assert (result.mean[:20] == 0).all()
+    assert (result.stderr[:20] == 0).all()
+
+
 def test_both_terms_share_their_draws(generator):
     """The paper's code draws them apart; at zeta = 12 its noise is 25 times the signal."""
     law, seen = dino(), []

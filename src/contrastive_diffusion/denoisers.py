@@ -26,7 +26,7 @@ from contrastive_diffusion.channel import (
     v_from_eps,
     x_from_eps,
 )  # fmt: skip
-from contrastive_diffusion.errors import RunError, choose, require
+from contrastive_diffusion.errors import choose, require
 from contrastive_diffusion.schedules import Table
 
 Prediction = Literal["eps", "x", "v"]
@@ -197,12 +197,6 @@ def check_data(x: Tensor, what: str = "x") -> Tensor:
     require(x.numel() > 0, f"{what} of shape {tuple(x.shape)}", "at least one row")
     require(bool(x.isfinite().all()), f"{what} with {int((~x.isfinite()).sum())} non-finite values", "finite values", "clean the data")
     return x
-
-
-def stop_if_nonfinite(value: Tensor, what: str) -> None:
-    """Raises ``RunError`` when a result is NaN or infinite: nothing is repaired silently."""
-    if not bool(value.isfinite().all()):
-        raise RunError(f"given non-finite {what}, expected finite numbers; lower the learning rate or look at the inputs of that step")
 
 
 TO_EPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"eps": lambda z, _, out: out, "x": eps_from_x, "v": eps_from_v}

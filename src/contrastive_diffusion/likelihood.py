@@ -222,7 +222,7 @@ def _controlled(value: Tensor, law: Plateau, logsnr: Tensor, weight: Tensor, eps
     out = torch.empty_like(pairs)
     for fitted, used in ((even, ~even), (~even, even)):
         coefficients = _fit(features[:, fitted], pairs[:, fitted].detach().double())
-        out[:, used] = pairs[:, used] - (features[:, used] @ coefficients).to(pairs.dtype)
+        out[:, used] = pairs[:, used] - (features[:, used] @ coefficients[..., None]).squeeze(2).to(pairs.dtype)
     return out
 
 
@@ -250,14 +250,21 @@ def _taper(distance: Tensor) -> Tensor:
 
 
 def _fit(features: Tensor, pairs: Tensor) -> Tensor:
-    """Least squares of pairs (b, m) on features (b, m, P), by differences of neighbours (which do not see the trend), rows at unit noise."""
+    """Coefficients (b, P) of pairs (b, m) on features (b, m, P): least squares over all rows at unit noise, times a gain in [0, 1] for each row.
+
+    By differences of neighbours, which do not see the trend. The gain leaves alone the rows that the others do not resemble.
+    """
     target, design = pairs.diff(dim=1), features.diff(dim=1)
-    scale = target.square().mean(1, keepdim=True).sqrt().clamp_min(1e-300)
-    target, design = (target / scale).flatten(), (design / scale[..., None]).flatten(0, 1)
-    size = design.square().mean(0).sqrt().clamp_min(1e-300)
-    design = design / size
-    gram = design.T @ design + 1e-3 * len(design) * torch.eye(design.shape[1], dtype=design.dtype, device=design.device)
-    return torch.linalg.solve(gram, design.T @ target) / size
+    scale = target.square().mean(1, keepdim=True).sqrt()
+    scale = torch.where(scale > 0, scale, torch.inf)  # a row without noise has nothing to fit
+    whitened, unit = (target / scale).flatten(), (design / scale[..., None]).flatten(0, 1)
+    size = unit.square().mean(0).sqrt().clamp_min(1e-300)
+    unit = unit / size
+    gram = unit.T @ unit + 1e-3 * len(unit) * torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device)
+    common = torch.linalg.solve(gram, unit.T @ whitened) / size
+    predicted = design @ common
+    gain = (predicted * target).sum(1) / predicted.square().sum(1).clamp_min(1e-300)
+    return gain.clamp(0, 1)[:, None] * common
 
 
 def _mean(parts: list[Tensor], evals: int) -> Estimate:
