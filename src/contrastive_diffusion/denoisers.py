@@ -183,10 +183,15 @@ class Counted:
         return self.denoiser(z, logsnr)
 
 
+def unit_noise(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Unit Gaussian noise in the dtype and on the device of ``like``, drawn on the device of the generator."""
+    device = generator.device if generator is not None else like.device
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+
+
 def noised(x: Tensor, logsnr: Tensor | float, generator: torch.Generator | None = None) -> Tensor:
     """A draw of the channel at ``logsnr`` from x (B, *S), with fresh noise of ``generator`` (on the generator's device)."""
-    device = generator.device if generator is not None else x.device
-    return corrupt(x, logsnr, torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device))
+    return corrupt(x, logsnr, unit_noise(x.shape, x, generator))
 
 
 def check_data(x: Tensor, what: str = "x") -> Tensor:

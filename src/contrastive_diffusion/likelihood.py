@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from contrastive_diffusion.channel import as_logsnr, compose, corrupt, per_row
-from contrastive_diffusion.denoisers import Denoiser, check_data, evaluate, finest_of
+from contrastive_diffusion.denoisers import Denoiser, check_data, evaluate, finest_of, unit_noise
 from contrastive_diffusion.errors import require
 from contrastive_diffusion.schedules import Plateau, slope
 
@@ -158,7 +158,7 @@ def mse_curve(denoiser: Denoiser, x: Tensor, logsnrs: Tensor, evals: int = 128, 
     """
     levels = torch.as_tensor(logsnrs, dtype=torch.float64, device=check_data(x).device)
     n = _points(evals, len(levels), f"two draws at each of {len(levels)} levels", least=2)
-    eps = _normal((len(x), n, *x.shape[1:]), x, generator)
+    eps = unit_noise((len(x), n, *x.shape[1:]), x, generator)
     out = []
     for level in levels:
         wide = level.expand(len(x), n)
@@ -185,17 +185,12 @@ def _chunks(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
-def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = generator.device if generator is not None else like.device
-    return torch.randn(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
-
-
 def _draw(x: Tensor, law: Plateau, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One point in each n-th of the law for every row: logsnr, weight (b, n) float64; eps, z (b, n, *S). Points 2j and 2j + 1 have noise of opposite sign."""
     device = generator.device if generator is not None else x.device
     u = torch.rand((len(x), n), generator=generator, dtype=torch.float64, device=device).to(x.device)
     logsnr, weight = slope(law, ((torch.arange(n, device=x.device) + u) / n).clamp(1e-12, 1 - 1e-12))
-    half = _normal((len(x), n // 2, *x.shape[1:]), x, generator)
+    half = unit_noise((len(x), n // 2, *x.shape[1:]), x, generator)
     eps = torch.stack([half, -half], 2).flatten(1, 2)
     z = corrupt(x[:, None].expand_as(eps).flatten(0, 1), logsnr.flatten(), eps.flatten(0, 1)).reshape(eps.shape)
     return logsnr, weight, eps, z

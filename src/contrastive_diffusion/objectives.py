@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from contrastive_diffusion.channel import corrupt
-from contrastive_diffusion.denoisers import Denoiser, check_data, evaluate
+from contrastive_diffusion.denoisers import Denoiser, check_data, evaluate, noised, unit_noise
 from contrastive_diffusion.errors import choose, require
 from contrastive_diffusion.likelihood import llr
 from contrastive_diffusion.schedules import Schedule, ddpm, draw, logistic, uniform
@@ -34,8 +34,7 @@ class Objective(Protocol):
 
 def _eps_errors(denoiser: Denoiser, x: Tensor, logsnr: Tensor, generator: torch.Generator | None) -> Tensor:
     """|eps - eps_hat|^2 of each row (B,), summed over S."""
-    device = generator.device if generator is not None else x.device
-    eps = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
+    eps = unit_noise(x.shape, x, generator)
     eps_hat = evaluate(denoiser, corrupt(x, logsnr, eps), logsnr, ONE_CALL)
     return (eps - eps_hat).square().flatten(1).sum(1)
 
@@ -117,10 +116,8 @@ class Contrastive:
         require(len(x) >= 2, f"a batch of {len(x)}", "at least 2 rows, one of each label")
         zeta, _ = draw(self.zeta, rows, generator)
         label = 1.0 - 2.0 * (torch.arange(rows) % 2).to(x.dtype)  # the draw is in random order: levels and labels are independent
-        device = generator.device if generator is not None else x.device
-        eps = torch.randn((rows, *x.shape[1:]), generator=generator, dtype=x.dtype, device=device).to(x.device)
         zeta, label = zeta.to(x.device), label.to(x.device)
-        chosen = torch.where((label > 0).reshape(-1, *[1] * (x.dim() - 1)), x[:rows], corrupt(x[:rows], zeta, eps))
+        chosen = torch.where((label > 0).reshape(-1, *[1] * (x.dim() - 1)), x[:rows], noised(x[:rows], zeta, generator))
         ratio = llr(denoiser, chosen, zeta, 2 * self.points, generator, finest=self.finest, max_rows=ONE_CALL).mean
         loss = softplus(label * ratio).mean()
         return {"loss": loss, "accuracy": (label * ratio < 0).to(x.dtype).mean().detach()}

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from contrastive_diffusion import __version__, checkpoints
 from contrastive_diffusion.data.toys import TOYS, toy
 from contrastive_diffusion.denoisers import Bounded, Denoiser
-from contrastive_diffusion.errors import RunError, require
+from contrastive_diffusion.errors import RunError, UsageError, require
 from contrastive_diffusion.files import write_atomic
 from contrastive_diffusion.recipes import Train, load_data, plain, validate
 from contrastive_diffusion.training import State, train
@@ -109,6 +109,13 @@ class Run:
         found = self.checkpoints()
         return checkpoints.load(found[-1]) if found else None
 
+    def trained(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The newest checkpoint, which must be there."""
+        latest = self.latest()
+        if latest is None:
+            raise UsageError(f"given run folder {self.path}, expected a folder with a checkpoint; train it first, or name one of its sub-folders")
+        return latest
+
 
 def _differences(found: Any, wanted: Any, path: str = "") -> list[str]:
     if isinstance(found, dict) and isinstance(wanted, dict):
@@ -155,29 +162,24 @@ def start_net(config: Train, dim: int) -> nn.Module:
     """A fresh network, or that of the run ``config.init`` with its averaged weights."""
     net = config.net.build(dim, config.training.seed)
     if config.init is not None:
-        net.load_state_dict(_averaged_weights(Run.existing(config.init), net))
+        _load_average(net, Run.existing(config.init).trained()[0], config.init)
     return net
 
 
-def _averaged_weights(run: Run, net: nn.Module) -> dict[str, Tensor]:
-    latest = run.latest()
-    require(latest, f"run folder {run.path}", "a folder with a checkpoint", "train it first")
-    assert latest is not None
-    weights = {k.removeprefix("ema.module."): v for k, v in latest[0].items() if k.startswith("ema.module.")}
+def _load_average(net: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """The averaged weights of the checkpoint of the run folder ``path``, into ``net``."""
+    weights = {k.removeprefix("ema.module."): v for k, v in tensors.items() if k.startswith("ema.module.")}
     same = {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in net.state_dict().items()}
-    require(same, f"the network of {run.path}", "the network of this recipe (net.kind, width, blocks, octaves, dimension of the data)")
-    return weights
+    require(same, f"the network of {path}", "the network of this recipe (net.kind, width, blocks, octaves, dimension of the data)")
+    net.load_state_dict(weights)
 
 
 def load_denoiser(path: str | Path) -> tuple[Bounded, tuple[int, ...]]:
     """The averaged denoiser of a trained run folder, and the shape S of its data."""
-    run = Run.existing(path)
-    latest = run.latest()
-    require(latest, f"run folder {path}", "a folder with a checkpoint", "train it first, or name one of its sub-folders")
-    assert latest is not None
-    config, dim = validate(Train, latest[1]["recipe"], str(path)), int(latest[1]["dim"])
+    tensors, meta = Run.existing(path).trained()
+    config, dim = validate(Train, meta["recipe"], str(path)), int(meta["dim"])
     net = config.net.build(dim, 0)
-    net.load_state_dict(_averaged_weights(run, net))
+    _load_average(net, tensors, path)
     return config.loss.bounded(net).eval(), (dim,)
 
 
