@@ -62,8 +62,8 @@ class Loss:
     """Weight of the contrastive loss; 0 leaves it out."""
     zeta: tuple[float, float] = (-4.0, 10.0)
     """Range of the contrasted log-SNR, uniform."""
-    points: int = Field(default=8, ge=4, multiple_of=2)
-    """(log-SNR, noise) points per likelihood ratio, an even number."""
+    points: int = Field(default=8, ge=4, multiple_of=4)
+    """(log-SNR, noise) points per likelihood ratio, a multiple of four."""
     share: float = Field(default=1 / 16, gt=0, le=1)
     """Share of the batch that is contrasted."""
 
