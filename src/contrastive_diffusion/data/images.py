@@ -30,7 +30,7 @@ def patches(size: int = 32, stride: int = 24) -> Tensor:
     require(size >= 1 and stride >= 1, f"size {size}, stride {stride}", "both >= 1")
     found = []
     for photo in _photos():
-        image = torch.from_numpy(np.ascontiguousarray(photo[..., :3])).permute(2, 0, 1)
+        image = torch.from_numpy(np.array(photo[..., :3])).permute(2, 0, 1)
         tiles = image.unfold(1, size, stride).unfold(2, size, stride)  # (3, rows, columns, size, size)
         found.append(tiles.permute(1, 2, 0, 3, 4).flatten(0, 1))
     return torch.cat(found).contiguous()
