@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 from torch import nn
 
+from .ddpm_unet import DDPMUNet
 from .mlp import MLP, PlainMLP
 from .preconditioning import Preconditioned
 from .song_unet import SongUNet
 
-__all__ = ["MLP", "NETS", "PlainMLP", "Preconditioned", "SongUNet"]
+__all__ = ["MLP", "DDPMUNet", "NETS", "PlainMLP", "Preconditioned", "SongUNet"]
 
 NETS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "plain-mlp": PlainMLP}
