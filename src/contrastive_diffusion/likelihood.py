@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from contrastive_diffusion.channel import as_logsnr, compose, corrupt, per_row
-from contrastive_diffusion.denoisers import Denoiser, check_data, evaluate, finest_of, unit_noise
+from contrastive_diffusion.denoisers import Denoiser, check_data, evaluate, finest_of, take, unit_noise
 from contrastive_diffusion.errors import require
 from contrastive_diffusion.schedules import Plateau, slope
 
@@ -74,7 +74,7 @@ def llr(
         law = Plateau(low[rows], high)
         logsnr, weight, eps, z = _draw(x[rows], law, points, generator)
         beta, b = compose(logsnr, zeta[rows, None])
-        clean, noised = _read(denoiser, z, torch.stack([logsnr, beta]), max_rows)
+        clean, noised = _read(denoiser, z, torch.stack([logsnr, beta]), max_rows, rows.start)
         noised = noised * per_row(b, z)
         # |eps - clean|^2 - |eps - noised|^2 as a product: no cancellation of squares where the two levels meet.
         value = 0.5 * weight.to(x.dtype) * ((noised - clean) * (2 * eps - clean - noised)).flatten(2).sum(2)
@@ -111,7 +111,7 @@ def nll(
     parts = []
     for rows in _chunks(len(x), max_rows // points):
         logsnr, weight, eps, z = _draw(x[rows], law, points, generator)
-        (eps_hat,) = _read(denoiser, z, logsnr[None], max_rows)
+        (eps_hat,) = _read(denoiser, z, logsnr[None], max_rows, rows.start)
         error = (eps - eps_hat).square().flatten(2).sum(2)
         excess = torch.sigmoid(logsnr - finest).square() * (dim - eps.square().flatten(2).sum(2))
         baseline = torch.sigmoid(logsnr[..., None] + spectrum).sum(-1)
@@ -145,7 +145,7 @@ def noise_posterior(
     for rows in _chunks(len(x), max_rows // (count * points)):
         logsnr, weight, eps, z = _draw(x[rows], law, points, generator)
         beta, b = compose(logsnr, levels[:, None, None])  # (L, b, n)
-        read = _read(denoiser, z, beta, max_rows) * b.reshape(*b.shape, *[1] * (z.dim() - 2)).to(z.dtype)
+        read = _read(denoiser, z, beta, max_rows, rows.start) * b.reshape(*b.shape, *[1] * (z.dim() - 2)).to(z.dtype)
         gain = (read - read[:1]) * (2 * eps - read - read[:1])
         parts.append((0.5 * weight.to(x.dtype) * gain.flatten(3).sum(3)).mean(2).T)
     return torch.cat(parts).log_softmax(1)
@@ -196,10 +196,12 @@ def _draw(x: Tensor, law: Plateau, n: int, generator: torch.Generator | None) ->
     return logsnr, weight, eps, z
 
 
-def _read(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int) -> Tensor:
-    """eps_hat at z (b, n, *S) for each of m sets of levels (m, b, n), in one batched call: (m, b, n, *S)."""
+def _read(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int, first: int = 0) -> Tensor:
+    """eps_hat at z (b, n, *S) for each of m sets of levels (m, b, n), in one batched call: (m, b, n, *S). Row 0 of z is row ``first`` of x."""
+    b, n = z.shape[:2]
     rows = z.flatten(0, 1).repeat(len(logsnr), *[1] * (z.dim() - 2))
-    return evaluate(denoiser, rows, logsnr.flatten(), max_rows).reshape(len(logsnr), *z.shape)
+    bound = take(denoiser, torch.arange(first, first + b, device=z.device).repeat_interleave(n).repeat(len(logsnr)))
+    return evaluate(bound, rows, logsnr.flatten(), max_rows).reshape(len(logsnr), *z.shape)
 
 
 def _pairs(value: Tensor) -> Tensor:

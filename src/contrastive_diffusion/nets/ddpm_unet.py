@@ -71,6 +71,8 @@ class DDPMUNet(nn.Module):
         attention: resolutions with attention after every block. dropout: in residual blocks. checkpointing: recompute blocks in the backward pass.
     """
 
+    convention = "timesteps"
+
     def __init__(
         self,
         resolution: int = 32,

@@ -31,6 +31,8 @@ class Preconditioned(nn.Module):
         sigma_data: std of the data ("edm" only). Attributes ``sigma_min``, ``sigma_max``: the range the network is trusted on.
     """
 
+    convention = "edm"
+
     def __init__(self, model: nn.Module, kind: str = "edm", sigma_data: float = 0.5):
         super().__init__()
         if kind not in PRECONDITIONING:
