@@ -21,7 +21,7 @@ from contrastive_diffusion.checkpoints import pickles
 from contrastive_diffusion.checkpoints.store import load
 from contrastive_diffusion.errors import UsageError, require
 from contrastive_diffusion.nets.spec import FAMILIES, ImageNet
-from contrastive_diffusion.schedules import ddpm, ends, karras
+from contrastive_diffusion.schedules import ddpm, ends
 
 CC = "CC BY-NC-SA 4.0 (NVIDIA, EDM): non-commercial, share alike; whatever is fine-tuned from these weights inherits it"
 UNKNOWN = "not stated in the file: that of its source"
@@ -188,7 +188,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     if kind in ("a model folder", "a diffusers UNet2DModel folder"):
         config = json.loads(_config(path).read_text())
         about["config"] = {k: v for k, v in config.items() if not k.startswith("_") or k == "_class_name"}
-    elif path.suffix == ".safetensors" and path.is_file() or kind == "a training run":
+    elif (path.suffix == ".safetensors" and path.is_file()) or kind == "a training run":
         about |= _header(path)
     elif "pickle" in kind:
         found = pickles.names(path)

@@ -156,7 +156,7 @@ def difference(net: nn.Module, tensors: Mapping[str, Tensor], shown: int = 3) ->
 def likely_cause(net: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     """Why the tensors of another network may have been given."""
     own = net.state_dict()
-    unlike = {k for k in own.keys() ^ tensors.keys()} | {k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape}
+    unlike = set(own.keys() ^ tensors.keys()) | {k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape}
     for part, cause in CAUSES.items():
         if unlike and all(part in k for k in unlike):
             return cause

@@ -13,6 +13,6 @@ from .mlp import MLP, PlainMLP
 from .preconditioning import Preconditioned
 from .song_unet import SongUNet
 
-__all__ = ["MLP", "DDPMUNet", "NETS", "PlainMLP", "Preconditioned", "SongUNet"]
+__all__ = ["MLP", "NETS", "DDPMUNet", "PlainMLP", "Preconditioned", "SongUNet"]
 
 NETS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "plain-mlp": PlainMLP}
