@@ -55,7 +55,14 @@ def _draw(n: int, p: float, generator: torch.Generator | None) -> Tensor:
 def _inverse(log_scale: Tensor, turn: Tensor, log_ratio: Tensor, axis: Tensor, right: Tensor, down: Tensor) -> Tensor:
     """From a pixel of the result to its source, pixels from the centre, (N, 3, 3)."""
     scale, ratio = 2 ** (SCALE * log_scale), 2 ** (SCALE * log_ratio)
-    return _scaling(1 / scale, 1 / scale) @ _rotation(turn) @ _rotation(-axis) @ _scaling(1 / ratio, ratio) @ _rotation(axis) @ _translation(-right, -down)
+    return (
+        _scaling(1 / scale, 1 / scale)
+        @ _rotation(turn)
+        @ _rotation(-axis)
+        @ _scaling(1 / ratio, ratio)
+        @ _rotation(axis)
+        @ _translation(-right, -down)
+    )
 
 
 def _matrix(rows: list[list[Tensor | float]], like: Tensor) -> Tensor:

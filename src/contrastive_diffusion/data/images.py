@@ -183,7 +183,12 @@ def open_images(
     shape = (channels or first.shape[0], resolution or first.shape[1], resolution or first.shape[2])
     require(shape[1] == shape[2], f"{name} with images of {shape[2]} x {shape[1]} pixels", "square ones", "set images.resolution to crop and resize")
     require(shape[0] in (1, 3), f"channels = {shape[0]}", "1 or 3")
-    require(not labels or source.labels is not None, f"{name} without labels", "labels", "add dataset.json or class folders, or set images.labels to false")
+    require(
+        not labels or source.labels is not None,
+        f"{name} without labels",
+        "labels",
+        "add dataset.json or class folders, or set images.labels to false",
+    )
     dim = 0
     if labels and source.labels is not None:
         dim = source.labels.shape[1] if source.labels.ndim == 2 else int(source.labels.max()) + 1
