@@ -177,7 +177,7 @@ def open_images(
         channels: 1 or 3; the first image's by default. labels: use the set's labels, which it must have. test: CIFAR-10's test images.
     """
     source = BUNDLED[name]() if name in BUNDLED else open_source(Path(name), test)
-    first = next((image for image in map(lambda i: _try(source, i, corrupt), range(min(len(source), 100))) if image is not None), None)
+    first = next((image for image in (_try(source, i, corrupt) for i in range(min(len(source), 100))) if image is not None), None)
     if first is None:
         raise UsageError(f"given {name}, expected a readable image among the first hundred")
     shape = (channels or first.shape[0], resolution or first.shape[1], resolution or first.shape[2])
