@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from contrastive_diffusion.channel import as_logsnr, compose, corrupt, per_row
-from contrastive_diffusion.denoisers import Denoiser, check_data, evaluate, finest_of, unit_noise
+from contrastive_diffusion.denoisers import Denoiser, check_data, evaluate, finest_of, take, unit_noise
 from contrastive_diffusion.errors import choose, require
 from contrastive_diffusion.schedules import Plateau, slope
 
@@ -75,7 +75,7 @@ def llr(
     alike = bool((zeta == zeta[0]).all())  # rows of different zeta have no coefficients in common
     parts = []
     for rows in _chunks(len(x), max_rows // (2 * points)):
-        value, *drawn = _ratio(denoiser, x[rows], zeta[rows], points, generator, finest, max_rows)
+        value, *drawn = _ratio(denoiser, x[rows], zeta[rows], points, generator, finest, max_rows, rows.start)
         parts.append(_controlled(value, *drawn) if alike else _groups(value))
     return _mean(parts, 2 * points)
 
@@ -88,14 +88,14 @@ def llr_points(
 
 
 def _ratio(
-    denoiser: Denoiser, x: Tensor, zeta: Tensor, points: int, generator: torch.Generator | None, finest: float | None, max_rows: int
+    denoiser: Denoiser, x: Tensor, zeta: Tensor, points: int, generator: torch.Generator | None, finest: float | None, max_rows: int, first: int = 0
 ) -> tuple[Tensor, Plateau, Tensor, Tensor, Tensor]:  # fmt: skip
     """The weighted integrands of a ratio (b, points), and the law, levels, weights and noise that they were read at."""
     finest = finest_of(denoiser) if finest is None else finest
     law = Plateau((torch.maximum(zeta, _scale(x)).clamp(max=finest) - MARGIN)[:, None], finest + MARGIN)
     logsnr, weight, eps, z = _draw(x, law, points, generator)
     beta, b = compose(logsnr, zeta[:, None])
-    clean, noised = _read(denoiser, z, torch.stack([logsnr, beta]), max_rows)
+    clean, noised = _read(denoiser, z, torch.stack([logsnr, beta]), max_rows, first)
     noised = noised * per_row(b, z)
     # |eps - clean|^2 - |eps - noised|^2 as a product: no cancellation of squares where the two levels meet.
     value = 0.5 * weight.to(x.dtype) * ((noised - clean) * (2 * eps - clean - noised)).flatten(2).sum(2)
@@ -133,7 +133,7 @@ def nll(
     for rows in _chunks(len(x), max_rows // points):
         law = Plateau(coarsest[rows, None] - MARGIN, high)
         logsnr, weight, eps, z = _draw(x[rows], law, points, generator)
-        (eps_hat,) = _read(denoiser, z, logsnr[None], max_rows)
+        (eps_hat,) = _read(denoiser, z, logsnr[None], max_rows, rows.start)
         error = (eps - eps_hat).square().flatten(2).sum(2)
         excess = torch.sigmoid(logsnr - finest).square() * (dim - eps.square().flatten(2).sum(2))
         baseline = torch.sigmoid(logsnr[..., None] + spectrum).sum(-1)
@@ -171,7 +171,7 @@ def noise_posterior(
         chosen = begin[:, None] + torch.arange(width, device=x.device)
         before = posterior[rows].gather(1, chosen)
         points = _points(evals - first, width, 1)
-        after = _ladder(denoiser, x[rows], levels[chosen], points, generator, finest, max_rows).log_softmax(1)
+        after = _ladder(take(denoiser, rows), x[rows], levels[chosen], points, generator, finest, max_rows).log_softmax(1)
         refined = (after + before.logsumexp(1, keepdim=True)).to(posterior.dtype)
         posterior[rows] = posterior[rows].scatter(1, chosen, refined)
     return posterior.log_softmax(1)
@@ -186,7 +186,7 @@ def _ladder(denoiser: Denoiser, x: Tensor, levels: Tensor, points: int, generato
         law = Plateau(low[rows, None], high[rows, None])
         logsnr, weight, eps, z = _draw(x[rows], law, points, generator, spread=True)
         beta, b = compose(logsnr, levels[rows].T[..., None])  # (L, b, n)
-        read = _read(denoiser, z, beta, max_rows) * b.reshape(*b.shape, *[1] * (z.dim() - 2)).to(z.dtype)
+        read = _read(denoiser, z, beta, max_rows, rows.start) * b.reshape(*b.shape, *[1] * (z.dim() - 2)).to(z.dtype)
         gain = (read[1:] - read[:-1]) * (2 * eps - read[1:] - read[:-1])  # of each level over the one before
         steps = (0.5 * weight.to(x.dtype) * gain.flatten(3).sum(3)).mean(2).T
         parts.append(torch.nn.functional.pad(steps.cumsum(1), (1, 0)))
@@ -344,10 +344,12 @@ def _radius(quantile: Tensor, dim: int) -> Tensor:
     return (2 * t).sqrt()
 
 
-def _read(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int) -> Tensor:
-    """eps_hat at z (b, n, *S) for each of m sets of levels (m, b, n), in one batched call: (m, b, n, *S)."""
+def _read(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int, first: int = 0) -> Tensor:
+    """eps_hat at z (b, n, *S) for each of m sets of levels (m, b, n), in one batched call: (m, b, n, *S). Row 0 of z is row ``first`` of x."""
+    b, n = z.shape[:2]
     rows = z.flatten(0, 1).repeat(len(logsnr), *[1] * (z.dim() - 2))
-    return evaluate(denoiser, rows, logsnr.flatten(), max_rows).reshape(len(logsnr), *z.shape)
+    bound = take(denoiser, torch.arange(first, first + b, device=z.device).repeat_interleave(n).repeat(len(logsnr)))
+    return evaluate(bound, rows, logsnr.flatten(), max_rows).reshape(len(logsnr), *z.shape)
 
 
 def _groups(value: Tensor) -> Tensor:
