@@ -59,7 +59,7 @@ def test_noise_is_a_function_of_seed_sample_and_step_only():
     assert not normal(1, ids + 2**32, steps, (3, 2)).equal(whole)
 
 
-@every
+@pytest.mark.parametrize("solver", [*STEPS.values(), solvers.dpmpp(), solvers.dpmpp(stochastic=True)], ids=lambda s: s.name)
 def test_sequential_does_not_depend_on_the_batch(solver):
     whole = Sequential(solver)(dino(), GRID, (7, 2), seed=3).x
     assert Sequential(solver, max_rows=2)(dino(), GRID, (3, 2), seed=3, first=2).x.equal(whole[2:5])

@@ -120,7 +120,7 @@ def _scale(grid: Tensor) -> Tensor:
 def _table(step: StepMap) -> tuple[Tensor, Tensor]:
     if step.table is None:
         raise UsageError("given a static slope for a solver that is not affine in eps_hat, expected slope 'picard'")
-    return step.table[0], step.table[1]
+    return step.table[0], step.table[1][:, 0]
 
 
 def _gauss(step: StepMap) -> Tensor:

@@ -7,7 +7,8 @@ the same. What this does not promise: bits of a network that is not itself batch
 
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,7 @@ class Draw:
     step: StepMap
     counted: Counted
     start: Tensor
-    noise: Callable[[int, int], Tensor]  # steps begin .. end -> (end - begin, B, *S)
+    noise: Callable[[int, int], Tensor]  # steps begin .. end -> (end - begin, B, *S), or (., B, draws, *S) where a step draws more than one
     clock: "Clock"
 
 
@@ -91,12 +92,26 @@ def prepare(
     counted = Counted(denoiser)
     ids = torch.arange(first, first + batch, device=device)
 
-    def noise(begin: int, end: int) -> Tensor:
+    def draw(begin: int, end: int, each: tuple[int, ...]) -> Tensor:
         steps = torch.arange(begin, end, device=device).repeat_interleave(batch)
-        return normal(seed, ids.repeat(end - begin), steps, item, dtype).reshape(end - begin, batch, *item)
+        return normal(seed, ids.repeat(end - begin), steps, each, dtype).reshape(end - begin, batch, *each)
 
     step = StepMap(solver, lambda z, logsnr: evaluate(counted, z, logsnr, max_rows), grid, device)
-    return Draw(step, counted, noise(START, START + 1)[0], noise, Clock())
+    shape_of_noise = item if solver.draws == 1 else (solver.draws, *item)
+    return Draw(step, counted, draw(START, START + 1, item)[0], lambda begin, end: draw(begin, end, shape_of_noise), Clock())
+
+
+def walk(step: StepMap, z: Tensor, noise: Callable[[int], Tensor]) -> Iterator[Tensor]:
+    """The states after each step from z (B, *S), one by one; ``noise(i)`` is what step i draws."""
+    recent: deque[Tensor] = deque(maxlen=step.memory)
+    for i in range(len(step)):
+        if step.table is None:
+            z = step(z, i, noise(i))
+        else:
+            output = step.read(z, i)
+            z = step.combine(z, i, (output, *recent), noise(i))
+            recent.appendleft(output)
+        yield z
 
 
 class Clock:
@@ -150,14 +165,24 @@ class Sequential:
         task = prepare(self.solver, denoiser, grid, shape, seed, first, device, dtype, self.max_rows)
         z, steps = task.start, len(task.step)
         states = [z]
-        block, noises = max(1, 2**20 // z.numel()), z[None]
-        for i in range(steps):
-            if i % block == 0:
-                noises = task.noise(i, min(i + block, steps)) if self.solver.noisy else z.new_zeros(1, *z.shape).expand(block, *z.shape)
-            z = task.step(z, torch.full((len(z),), i, device=z.device), noises[i % block])
+        for i, z in enumerate(walk(task.step, task.start, _blocks(task, steps) if self.solver.noisy else lambda _: task.start), 1):
             if path:
                 states.append(z)
-            task.clock.paused(watch, lambda z=z, i=i: Round(i + 1, i + 1, i + 1, z[None]))
+            task.clock.paused(watch, lambda z=z, i=i: Round(i, i, i, z[None]))
         check_finite(z[None], steps, steps, first)
         rounds = steps * self.solver.evals - (1 if self.solver.evals > 1 and bool(grid[-1].isinf()) else 0)
         return Samples(z, task.counted.rows, rounds, task.clock.seconds(), torch.stack(states) if path else None)
+
+
+def _blocks(task: Draw, steps: int) -> Callable[[int], Tensor]:
+    """The noise of each step, drawn for as many steps at once as fit in a megabyte or so."""
+    block = max(1, 2**20 // (task.start.numel() * task.step.solver.draws))
+    drawn = task.start[None]
+
+    def noise(i: int) -> Tensor:
+        nonlocal drawn
+        if i % block == 0:
+            drawn = task.noise(i, min(i + block, steps))
+        return drawn[i % block]
+
+    return noise
