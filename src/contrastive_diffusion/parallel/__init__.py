@@ -10,8 +10,10 @@ L: at tolerance 0 the result is the sequential one, bit for bit, for a denoiser 
 tolerance bounds the predicted error of each state when it is accepted, not the final error.
 """
 
+from contrastive_diffusion.parallel.paradigms import Paradigms
+from contrastive_diffusion.parallel.parareal import Parareal
 from contrastive_diffusion.parallel.sampler import Parallel, ParallelSamples
 from contrastive_diffusion.parallel.slopes import SLOPES
 from contrastive_diffusion.parallel.trace import Trace
 
-__all__ = ["SLOPES", "Parallel", "ParallelSamples", "Trace"]
+__all__ = ["SLOPES", "Paradigms", "Parallel", "ParallelSamples", "Parareal", "Trace"]
