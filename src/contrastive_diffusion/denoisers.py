@@ -55,6 +55,31 @@ def ranged(denoiser: Denoiser, z: Tensor, logsnr: Tensor) -> tuple[Tensor, Tenso
     return found(z, logsnr)
 
 
+class Like:
+    """A function as a denoiser that keeps what samplers and estimates read off the one it was made from. See ``like``."""
+
+    def __init__(self, denoiser: Denoiser, function: Callable[[Tensor, Tensor], Tensor], change: Callable[[Tensor, Tensor, Tensor], Tensor] | None):
+        self.denoiser, self.function, self.change = denoiser, function, change
+        self.finest, self.levels = finest_of(denoiser), getattr(denoiser, "levels", None)
+
+    def __call__(self, z: Tensor, logsnr: Tensor) -> Tensor:
+        return self.function(z, logsnr)
+
+    def ranged(self, z: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+        eps_hat, v = ranged(self.denoiser, z, logsnr)
+        return (self.function(z, logsnr) if self.change is None else self.change(z, logsnr, eps_hat)), v
+
+
+def like(
+    denoiser: Denoiser, function: Callable[[Tensor, Tensor], Tensor], change: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+) -> Like:
+    """``function`` as a denoiser with the ``finest``, ``levels`` and learned variance of ``denoiser``.
+
+    ``change(z, logsnr, eps_hat)``: the function's value where the denoiser's is known already, which saves an evaluation.
+    """
+    return Like(denoiser, function, change)
+
+
 def evaluate(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int = 16384) -> Tensor:
     """``denoiser(z, logsnr)`` in calls of at most ``max_rows`` rows (4k to 16k is fastest on a CPU), with the contract checked."""
     logsnr = logsnr.to(z.dtype)

@@ -45,9 +45,8 @@ def call_named(spec: str, known: Mapping[str, Callable[..., T]], what: str, **gi
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
         require(parameters, f"{what} {spec!r}", f"{name} without options: it has none")
-        options[choose(key.strip(), parameters, f"option of {what} {name}")] = _parsed(
-            value.strip(), parameters[key.strip()].default, f"{key} of {name}"
-        )
+        key = choose(key.strip(), parameters, f"option of {what} {name}")
+        options[key] = _parsed(value.strip(), parameters[key].default, f"{key} of {name}")
     return function(**given, **options)
 
 

@@ -105,7 +105,7 @@ class Churned:
         """Relative increase of sigma before the step from each logsnr, float64."""
         assert self.steps is not None
         sigma = sigma_of_logsnr(logsnr)
-        return torch.where((sigma >= self.s_min) & (sigma <= self.s_max), min(self.churn / self.steps, LARGEST), 0.0)
+        return ((sigma >= self.s_min) & (sigma <= self.s_max)).double() * min(self.churn / self.steps, LARGEST)
 
 
 def edm(churn: float = 0.0, s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0, second: bool = True) -> Churned:
