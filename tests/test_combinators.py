@@ -7,8 +7,16 @@ import torch
 
 from contrastive_diffusion import channel, schedules, solvers
 from contrastive_diffusion.combinators import (
-    aligned_levels, calibrated, clamped, guided, inpaint, likely_levels, mean_outputs, relevelled, thresholded,
-)  # fmt: skip
+    aligned_levels,
+    calibrated,
+    clamped,
+    guided,
+    inpaint,
+    likely_levels,
+    mean_outputs,
+    relevelled,
+    thresholded,
+)
 from contrastive_diffusion.data.mixtures import GaussianMixture
 from contrastive_diffusion.data.toys import dino
 from contrastive_diffusion.denoisers import Counted, finest_of, from_timesteps, noised

@@ -55,7 +55,12 @@ def _double(scheduler, dtype, names):
     if dtype == torch.float64:
         betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
         bar = (1 - betas).cumprod(0)
-        for name, value in {"betas": betas, "alphas": 1 - betas, "alphas_cumprod": bar, "final_alpha_cumprod": torch.tensor(1.0, dtype=torch.float64)}.items():
+        for name, value in {
+            "betas": betas,
+            "alphas": 1 - betas,
+            "alphas_cumprod": bar,
+            "final_alpha_cumprod": torch.tensor(1.0, dtype=torch.float64),
+        }.items():
             if name in names:
                 setattr(scheduler, name, value)
     return scheduler

@@ -298,7 +298,7 @@ def test_adams_bashforth_is_exact_for_polynomials_in_the_log_snr():
     """x_hat = lambda^(order - 1) along the path: the integral in closed form, on an uneven grid."""
     grid = torch.tensor([-3.0, -2.5, -1.0, 0.5, 1.2, 3.0, 4.1], dtype=torch.float64)
     for order in (2, 3):
-        a, b, _ = solvers.eab(order).table(grid)
+        _, b, _ = solvers.eab(order).table(grid)
         for i in range(order - 1, len(grid) - 1):
             lam, h = grid / 2, float(grid[i + 1] - grid[i]) / 2
             x = lam ** (order - 1)

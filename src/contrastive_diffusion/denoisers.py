@@ -70,9 +70,7 @@ class Like:
         return (self.function(z, logsnr) if self.change is None else self.change(z, logsnr, eps_hat)), v
 
 
-def like(
-    denoiser: Denoiser, function: Callable[[Tensor, Tensor], Tensor], change: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-) -> Like:
+def like(denoiser: Denoiser, function: Callable[[Tensor, Tensor], Tensor], change: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Like:
     """``function`` as a denoiser with the ``finest``, ``levels`` and learned variance of ``denoiser``.
 
     ``change(z, logsnr, eps_hat)``: the function's value where the denoiser's is known already, which saves an evaluation.

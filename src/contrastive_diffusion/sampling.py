@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -287,3 +288,47 @@ def _blocks(task: Draw) -> Callable[[int], Tensor]:
         return drawn[i % block]
 
     return noise
+
+
+class Sampler(Protocol):
+    """``Sequential``, ``Parallel`` and their like."""
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        grid: Tensor,
+        shape: tuple[int, ...],
+        seed: int = 0,
+        *,
+        first: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        path: bool = False,
+        watch: Watch | None = None,
+    ) -> Samples: ...
+
+
+def in_batches(
+    sampler: Sampler,
+    denoiser: Denoiser,
+    grid: Tensor,
+    shape: tuple[int, ...],
+    seed: int = 0,
+    *,
+    batch: int = 1000,
+    device: torch.device | str = "cpu",
+    watch: Watch | None = None,
+) -> Samples:
+    """``shape[0]`` samples, at most ``batch`` at a time: the same ones as all at once. Ctrl-C gives back the batches that are finished, if any:
+    then x has fewer rows than were asked for."""
+    require(batch >= 1, f"batch = {batch}", "batch >= 1")
+    require(shape and shape[0] >= 1, f"shape {tuple(shape)}", "(B, *S) with every size >= 1")
+    done: list[Samples] = []
+    try:
+        for first in range(0, shape[0], batch):
+            size = min(batch, shape[0] - first)
+            done.append(sampler(denoiser, grid, (size, *shape[1:]), seed, first=first, device=device, watch=watch))
+    except KeyboardInterrupt:
+        if not done:
+            raise
+    return Samples(torch.cat([d.x for d in done]), sum(d.evals for d in done), sum(d.rounds for d in done), sum(d.seconds for d in done))

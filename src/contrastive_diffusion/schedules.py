@@ -249,17 +249,18 @@ def to_clean(logsnrs: Tensor) -> Tensor:
     return torch.cat([logsnrs.sort().values, torch.tensor([math.inf], dtype=torch.float64)])
 
 
-def named_grid(spec: str, steps: int) -> Tensor:
+def named_grid(spec: str, steps: int | None = None) -> Tensor:
     """The grid of a name in ``GRIDS`` with options ("karras:rho=5,sigma_max=20"), or of the increasing log-SNRs listed in ``spec`` ("-8,-2,0,4,inf").
 
-    A list that does not end in "inf" gets it; ``steps`` must be the number of its steps.
+    A list that does not end in "inf" gets it; its ``steps`` may be left out, a name's may not.
     """
     if spec[:1].isdigit() or spec[:1] in ("-", "+", "."):
         return _listed(spec, steps)
+    require(steps is not None, f"grid {spec!r} without steps", "a number of steps")
     return call_named(spec, GRIDS, "grid", steps=steps)
 
 
-def _listed(spec: str, steps: int) -> Tensor:
+def _listed(spec: str, steps: int | None) -> Tensor:
     try:
         levels = torch.tensor([float(v) for v in spec.split(",")], dtype=torch.float64)
     except ValueError:
@@ -267,7 +268,9 @@ def _listed(spec: str, steps: int) -> Tensor:
     require(not levels.isnan().any(), f"grid {spec!r}", "a grid's name, or log-SNRs separated by commas")
     require(bool((levels.diff() > 0).all()), f"grid {spec!r}", "increasing log-SNRs (noisy to clean)", "sigmas and timesteps fall, log-SNR rises")
     levels = levels if bool(levels[-1].isinf()) else to_clean(levels)
-    require(len(levels) == steps + 1, f"a grid of {len(levels) - 1} steps", f"{steps} steps", "leave --steps and --evals out, or list as many")
+    require(
+        steps in (None, len(levels) - 1), f"a grid of {len(levels) - 1} steps", f"{steps} steps", "leave --steps and --evals out, or list as many"
+    )
     return levels
 
 

@@ -31,7 +31,11 @@ def mean_outputs(denoiser: Denoiser, x: Tensor, levels: Tensor, evals: int = 2, 
 def calibrated(denoiser: Denoiser, levels: Tensor, means: Tensor) -> Denoiser:
     """The denoiser less its mean: ``means`` (L, *S) of ``mean_outputs`` at increasing ``levels`` (L,), linear between and constant beyond."""
     levels = levels.double()
-    require(len(levels) == len(means) and bool((levels.diff() > 0).all()), f"{len(levels)} levels and means {tuple(means.shape)}", "increasing levels (L,), means (L, *S)")
+    require(
+        len(levels) == len(means) and bool((levels.diff() > 0).all()),
+        f"{len(levels)} levels and means {tuple(means.shape)}",
+        "increasing levels (L,), means (L, *S)",
+    )
     flat = means.flatten(1)
 
     def centred(z: Tensor, logsnr: Tensor) -> Tensor:

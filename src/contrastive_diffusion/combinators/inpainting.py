@@ -25,12 +25,20 @@ def inpaint(denoiser: Denoiser, known: Tensor, mask: Tensor, iterations: int = 5
             lets the rest follow from the denoiser in later steps. Each costs a backward pass of the denoiser.
     """
     require(mask.dtype == torch.bool and bool(mask.any()), f"a mask of {mask.dtype} with {int(mask.sum())} known", "a bool mask with some True")
-    require(known.shape[-mask.dim() :] == mask.shape, f"known values {tuple(known.shape)} and mask {tuple(mask.shape)}", "known (*S) or (B, *S), mask (*S)")
+    require(
+        known.shape[-mask.dim() :] == mask.shape,
+        f"known values {tuple(known.shape)} and mask {tuple(mask.shape)}",
+        "known (*S) or (B, *S), mask (*S)",
+    )
     require(iterations >= 0, f"iterations = {iterations}", "iterations >= 0")
     require(bool(known[..., mask].isfinite().all()), "known values that are not finite", "finite values where the mask is True")
 
     def given(z: Tensor, logsnr: Tensor) -> Tensor:
-        require(z.shape[1:] == mask.shape and known.dim() <= z.dim(), f"a mask of shape {tuple(mask.shape)}", f"the shape of z's rows, {tuple(z.shape[1:])}")
+        require(
+            z.shape[1:] == mask.shape and known.dim() <= z.dim(),
+            f"a mask of shape {tuple(mask.shape)}",
+            f"the shape of z's rows, {tuple(z.shape[1:])}",
+        )
         target, there = known.to(z).expand_as(z), mask.to(z.device).expand_as(z)
         if iterations == 0:
             x_hat = x_from_eps(z, logsnr, denoiser(z, logsnr))

@@ -24,7 +24,9 @@ OFFSETS = tuple(0.5 * k for k in range(-4, 5))
 def relevelled(denoiser: Denoiser, nominal: Tensor, fed: Tensor) -> Denoiser:
     """The denoiser read at ``fed`` where it is asked at ``nominal`` (L,) log-SNRs, increasing; linear between, the end's shift beyond."""
     nominal, fed = nominal.double(), fed.double()
-    require(nominal.dim() == 1 and nominal.shape == fed.shape and len(nominal) > 0, f"levels {tuple(nominal.shape)} and {tuple(fed.shape)}", "two of (L,)")
+    require(
+        nominal.dim() == 1 and nominal.shape == fed.shape and len(nominal) > 0, f"levels {tuple(nominal.shape)} and {tuple(fed.shape)}", "two of (L,)"
+    )
     require(bool((nominal.diff() > 0).all()), "nominal levels that do not increase", "increasing log-SNRs (L,)")
 
     def shifted(z: Tensor, logsnr: Tensor) -> Tensor:

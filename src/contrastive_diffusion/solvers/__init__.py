@@ -16,7 +16,7 @@ from contrastive_diffusion.solvers.sde import PredictorCorrector, SdeHeun, euler
 __all__ = [
     "DDIM2", "DDPM2", "SOLVERS", "Adaptive", "Affine", "Churned", "Coefficients", "Heun", "LearnedDDPM", "Multistep", "PredictorCorrector", "SdeHeun",
     "Solver", "StepMap", "adaptive", "ddim", "ddim2", "ddpm", "ddpm2", "dpmpp", "eab", "edm", "euler", "euler_maruyama", "gradient", "heun",
-    "predictor_corrector", "sde_heun", "solver", "steps_for",
+    "natural_grid", "natural_steps", "predictor_corrector", "sde_heun", "solver", "steps_for",
 ]  # fmt: skip
 
 
@@ -45,6 +45,18 @@ def eab2() -> Multistep:
 def eab3() -> Multistep:
     """Exponential Adams-Bashforth of order 3."""
     return eab(3)
+
+
+def natural_grid(solver: Solver) -> str:
+    """The name of the grid that a solver is usually run on: EDM's in sigma, log-SNR for its multistep relatives, DDPM's otherwise."""
+    if solver.name in ("edm", "edm-euler", "euler", "heun"):
+        return "karras"
+    return "uniform" if solver.name.split("-")[0] in ("adaptive", "dpmpp", "eab2", "eab3", "gradient") else "ddpm"
+
+
+def natural_steps(solver: Solver) -> int:
+    """Steps that leave little error on data of unit scale: 1000 for DDPM and the like, 100 for deterministic or higher-order solvers."""
+    return 1000 if solver.noisy and solver.order == 1 else 100
 
 
 SOLVERS: dict[str, Callable[..., Solver]] = {
