@@ -32,6 +32,7 @@ class Solver(Protocol):
         evals: of the denoiser per step; the step to +inf takes one.
         noisy: whether it draws noise. draws: unit noises per step; the noise is (B, *S) for one, (B, draws, *S) for more.
         alone: why it cannot be used in parallel-in-time sampling; empty if it can.
+        between: (optional, default False) it reads levels between those of the grid too.
     """
 
     @property
