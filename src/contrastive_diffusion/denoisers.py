@@ -26,7 +26,7 @@ from contrastive_diffusion.channel import (
     v_from_eps,
     x_from_eps,
 )  # fmt: skip
-from contrastive_diffusion.errors import choose, require
+from contrastive_diffusion.errors import UsageError, choose, require
 from contrastive_diffusion.schedules import Table
 
 Prediction = Literal["eps", "x", "v"]
@@ -83,7 +83,8 @@ def evaluate(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int = 1638
     logsnr = logsnr.to(z.dtype)
     if len(z) <= max_rows:
         eps_hat = denoiser(z, logsnr)
-        require(eps_hat.shape == z.shape, f"a denoiser that returns {tuple(eps_hat.shape)}", f"the shape of z, {tuple(z.shape)}")
+        if eps_hat.shape != z.shape:
+            raise UsageError(f"given a denoiser that returns {tuple(eps_hat.shape)}, expected the shape of z, {tuple(z.shape)}")
         return eps_hat
     return torch.cat([evaluate(denoiser, zs, ls, max_rows) for zs, ls in zip(z.split(max_rows), logsnr.split(max_rows), strict=True)])
 
