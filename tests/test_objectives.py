@@ -141,7 +141,7 @@ def test_pure(gaussian, generator):
     [
         (lambda: Denoising(weighting="epps"), "did you mean eps"),
         (lambda: Denoising(sigma_data=0.0), "sigma_data > 0"),
-        (lambda: Contrastive(points=5), "an even number of points >= 4"),
+        (lambda: Contrastive(points=5), "a multiple of four"),
         (lambda: Contrastive(share=0.0), "0 < share <= 1"),
         (lambda: Contrastive()(two_modes(), torch.zeros(1, 1)), "at least 2 rows"),
         (lambda: Weighted({}), "no terms"),

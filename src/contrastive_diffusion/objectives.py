@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid, softplus
 from contrastive_diffusion.channel import corrupt
 from contrastive_diffusion.denoisers import Denoiser, check_data, evaluate, noised, unit_noise
 from contrastive_diffusion.errors import choose, require
-from contrastive_diffusion.likelihood import llr
+from contrastive_diffusion.likelihood import llr_points
 from contrastive_diffusion.schedules import Schedule, ddpm, draw, logistic, uniform
 
 ONE_CALL = 2**30  # rows; training wants the graph of one call, memory is bounded by the batch
@@ -108,7 +108,7 @@ class Contrastive:
     finest: float | None = None
 
     def __post_init__(self):
-        require(self.points >= 4 and self.points % 2 == 0, f"points = {self.points}", "an even number of points >= 4")
+        require(self.points >= 4 and self.points % 4 == 0, f"points = {self.points}", "a multiple of four")
         require(0 < self.share <= 1, f"share = {self.share}", "0 < share <= 1")
 
     def __call__(self, denoiser: Denoiser, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ class Contrastive:
         label = 1.0 - 2.0 * (torch.arange(rows) % 2).to(x.dtype)  # the draw is in random order: levels and labels are independent
         zeta, label = zeta.to(x.device), label.to(x.device)
         chosen = torch.where((label > 0).reshape(-1, *[1] * (x.dim() - 1)), x[:rows], noised(x[:rows], zeta, generator))
-        ratio = llr(denoiser, chosen, zeta, 2 * self.points, generator, finest=self.finest, max_rows=ONE_CALL).mean
+        ratio = llr_points(denoiser, chosen, zeta, self.points, generator, finest=self.finest).mean(1)
         loss = softplus(label * ratio).mean()
         return {"loss": loss, "accuracy": (label * ratio < 0).to(x.dtype).mean().detach()}
 

@@ -127,6 +127,25 @@ def maps(block: dict[str, Any], arrays: Arrays) -> Figure:
     return figure
 
 
+def images(block: dict[str, Any], arrays: Arrays) -> Figure:
+    """Panels of images (n, C, H, W) in [-1, 1], each panel a grid of ``rows`` x ``columns``."""
+    panels = [(title, name) for title, name in block["panels"] if name in arrays]
+    across = min(block["across"], len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(8.2, 8.2 / across * block["rows"] / block["columns"] * down + 0.3 * down))
+    grid = figure.subplots(down, across, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, (title, name) in zip(grid.flat, panels, strict=False):
+        x = arrays[name][: block["rows"] * block["columns"]]
+        x = np.concatenate([x, np.full((block["rows"] * block["columns"] - len(x), *x.shape[1:]), -1.0, x.dtype)])
+        tiles = x.reshape(block["rows"], block["columns"], *x.shape[1:]).transpose(0, 3, 1, 4, 2).reshape(-1, block["columns"] * x.shape[3], x.shape[1])
+        shown = (np.clip(tiles, -1, 1) + 1) / 2
+        axes.imshow(shown[..., 0] if shown.shape[2] == 1 else shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(title, fontsize=8.5)
+    return figure
+
+
 def _finish(axes: Axes, block: dict[str, Any]) -> None:
     axes.set_xlabel(block["x"])
     axes.set_ylabel(block["y"])
@@ -138,4 +157,4 @@ def _finish(axes: Axes, block: dict[str, Any]) -> None:
         axes.set_ylim(*block["ylim"])
 
 
-FIGURES: dict[str, Callable[[dict[str, Any], Arrays], Figure]] = {"lines": lines, "maps": maps, "scatter": scatter}
+FIGURES: dict[str, Callable[[dict[str, Any], Arrays], Figure]] = {"images": images, "lines": lines, "maps": maps, "scatter": scatter}
