@@ -139,7 +139,9 @@ def images(block: dict[str, Any], arrays: Arrays) -> Figure:
     for axes, (title, name) in zip(grid.flat, panels, strict=False):
         x = arrays[name][: block["rows"] * block["columns"]]
         x = np.concatenate([x, np.full((block["rows"] * block["columns"] - len(x), *x.shape[1:]), -1.0, x.dtype)])
-        tiles = x.reshape(block["rows"], block["columns"], *x.shape[1:]).transpose(0, 3, 1, 4, 2).reshape(-1, block["columns"] * x.shape[3], x.shape[1])
+        tiles = (
+            x.reshape(block["rows"], block["columns"], *x.shape[1:]).transpose(0, 3, 1, 4, 2).reshape(-1, block["columns"] * x.shape[3], x.shape[1])
+        )
         shown = (np.clip(tiles, -1, 1) + 1) / 2
         axes.imshow(shown[..., 0] if shown.shape[2] == 1 else shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(title, fontsize=8.5)

@@ -1,6 +1,6 @@
 """DDPM and DDIM: one-step solvers on the variance-preserving channel, and their accelerations of second order."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, overload
 
 import torch
@@ -95,7 +95,7 @@ class DDIM2:
     the one to +inf are DDIM's.
     """
 
-    grid: Tensor | None = None
+    grid: Tensor | None = field(default=None, compare=False, repr=False)
     name: str = "ddim2"
     order: int = 2
     evals: int = 2

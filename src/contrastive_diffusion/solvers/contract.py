@@ -136,8 +136,10 @@ class StepMap:
         a, b, c = self._rows.coefficients(i, z)
         total = a * z
         for weight, output in zip(b, outputs, strict=False):
-            total = total + weight * output
-        return total + c * noise if self.solver.noisy else total
+            total += weight * output
+        if self.solver.noisy:
+            total += c * noise
+        return total
 
     def __call__(self, z: Tensor, i: Tensor | int, noise: Tensor) -> Tensor:
         """One step of each row, for one-step maps."""
