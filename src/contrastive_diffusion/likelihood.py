@@ -81,15 +81,33 @@ def llr(
 
 
 def llr_points(
-    denoiser: Denoiser, x: Tensor, zeta: Tensor, points: int, generator: torch.Generator | None = None, *, finest: float | None = None
+    denoiser: Denoiser,
+    x: Tensor,
+    zeta: Tensor,
+    points: int,
+    generator: torch.Generator | None = None,
+    *,
+    finest: float | None = None,
+    own: Tensor | None = None,
 ) -> Tensor:
-    """The weighted integrands (B, points) whose mean over a row is its ``llr``, for zeta (B,), from one denoiser call; points in fours."""
-    return _ratio(denoiser, x, _level(zeta, x), points, generator, finest, 2 * points * len(x))[0]
+    """The weighted integrands (B, points) whose mean over a row is its ``llr``, for zeta (B,), from one denoiser call; points in fours.
+
+    ``own`` (B,): the gradient then passes only through the reading at the other level, p_zeta's where own > 0 and p's elsewhere.
+    """
+    return _ratio(denoiser, x, _level(zeta, x), points, generator, finest, 2 * points * len(x), own=own)[0]
 
 
 def _ratio(
-    denoiser: Denoiser, x: Tensor, zeta: Tensor, points: int, generator: torch.Generator | None, finest: float | None, max_rows: int, first: int = 0
-) -> tuple[Tensor, Plateau, Tensor, Tensor, Tensor]:  # fmt: skip
+    denoiser: Denoiser,
+    x: Tensor,
+    zeta: Tensor,
+    points: int,
+    generator: torch.Generator | None,
+    finest: float | None,
+    max_rows: int,
+    first: int = 0,
+    own: Tensor | None = None,
+) -> tuple[Tensor, Plateau, Tensor, Tensor, Tensor]:
     """The weighted integrands of a ratio (b, points), and the law, levels, weights and noise that they were read at."""
     finest = finest_of(denoiser) if finest is None else finest
     law = Plateau((torch.maximum(zeta, _scale(x)).clamp(max=finest) - MARGIN)[:, None], finest + MARGIN)
@@ -97,6 +115,9 @@ def _ratio(
     beta, b = compose(logsnr, zeta[:, None])
     clean, noised = _read(denoiser, z, torch.stack([logsnr, beta]), max_rows, first)
     noised = noised * per_row(b, z)
+    if own is not None:
+        other = (own > 0).reshape(-1, *[1] * (z.dim() - 1))
+        clean, noised = torch.where(other, clean.detach(), clean), torch.where(other, noised, noised.detach())
     # |eps - clean|^2 - |eps - noised|^2 as a product: no cancellation of squares where the two levels meet.
     value = 0.5 * weight.to(x.dtype) * ((noised - clean) * (2 * eps - clean - noised)).flatten(2).sum(2)
     return value, law, logsnr, weight, eps

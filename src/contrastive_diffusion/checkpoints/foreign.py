@@ -144,11 +144,10 @@ def _run(path: Path, weights: str | None, resolution: int | None) -> Reading:
     require("image_net" in meta, f"{path} of a network for vectors", "one for images", "cdl sample and cdl estimate read the run folder itself")
     which = weights or "ema"
     prefix = {"ema": "ema.module.", "raw": "net."}[which]
-    spec = dict(meta["image_net"])
-    net = ImageNet(**(spec | {key: tuple(spec[key]) for key in ("mult", "attention")}))
+    net, (low, high) = ImageNet.of(meta["image_net"]), meta["levels"]
     found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     about = {"sha256": _sha256(path), "step": meta["step"], "recipe": meta["recipe"]}
-    return found, net, tuple(meta["levels"]), which, str(meta.get("licence", UNKNOWN)), about
+    return found, net, (low, high), which, str(meta.get("licence", UNKNOWN)), about
 
 
 def _model(path: Path, weights: str | None, resolution: int | None) -> Reading:

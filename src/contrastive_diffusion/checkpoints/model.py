@@ -52,9 +52,8 @@ class Card:
         todo = "convert foreign checkpoints with cdl convert"
         require((values.get("format"), values.get("version")) == (FORMAT, VERSION), given, f"format {FORMAT!r}, version {VERSION}", todo)
         try:
-            net = dict(values["net"])
-            net |= {key: tuple(net[key]) for key in ("mult", "attention")}
-            return Card(ImageNet(**net), tuple(values["levels"]), values["weights"], values["licence"], values["source"])
+            low, high = values["levels"]
+            return Card(ImageNet.of(values["net"]), (low, high), values["weights"], values["licence"], values["source"])
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"given {where}, expected a whole model card: {error}") from error
 

@@ -164,9 +164,9 @@ def names(path: Path) -> list[str]:
                 elif opcode.name == "STACK_GLOBAL":
                     found[".".join(map(str, pushed[-2:]))] = None
                 if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-                    memo[len(memo) if opcode.name == "MEMOIZE" else int(argument)] = pushed[-1] if pushed else None
+                    memo[len(memo) if opcode.name == "MEMOIZE" else int(argument or 0)] = pushed[-1] if pushed else None
                 else:
-                    pushed = [*pushed[-1:], memo.get(int(argument)) if opcode.name in ("GET", "BINGET", "LONG_BINGET") else argument]
+                    pushed = [*pushed[-1:], memo.get(int(argument or 0)) if opcode.name in ("GET", "BINGET", "LONG_BINGET") else argument]
     except Exception:  # what was seen before is still worth telling
         pass
     return list(found)

@@ -115,7 +115,7 @@ class DDPMUNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """eps_hat (N, C, R, R) of x (N, C, R, R) at timesteps t (N,)."""
         first, second = self.temb.dense  # pyright: ignore
-        temb = second(silu(first(self.features(t.to(x.dtype)))))
+        temb = second(silu(first(self.features(t.to(x.dtype)))))  # pyright: ignore
         h = self.conv_in(x)
         skips = [h]
         for stage in self.down:

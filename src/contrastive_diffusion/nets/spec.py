@@ -49,6 +49,11 @@ class ImageNet:
         if self.kind == "ddpm" and (self.label_dim or self.augment_dim):
             raise ValueError("given labels for a ddpm network, expected none; use ddpm++ or ncsn++")
 
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> "ImageNet":
+        """From its fields as JSON values."""
+        return ImageNet(**{**values, **{key: tuple(values[key]) for key in ("mult", "attention")}})
+
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.channels, self.resolution, self.resolution

@@ -95,6 +95,8 @@ class Loss:
     """(log-SNR, noise) points per likelihood ratio, a multiple of four."""
     share: float = Field(default=1 / 16, gt=0, le=1)
     """Share of the batch that is contrasted."""
+    perturbation: float = Field(default=0.0, ge=0)
+    """Std of extra input noise in the denoising part (DDPM-IP)."""
 
     def law(self) -> Schedule:
         """The law of noise levels of the denoising part."""
@@ -106,7 +108,7 @@ class Loss:
         if self.denoising == "likelihood":
             plain: Objective = Likelihood(self.law())
         else:
-            plain = Denoising(self.law(), "edm" if self.denoising == "edm" else "eps", sigma_data)
+            plain = Denoising(self.law(), "edm" if self.denoising == "edm" else "eps", sigma_data, self.perturbation)
         if not self.contrastive:
             return plain
         contrast = Contrastive(uniform(*self.zeta), self.points, self.share)

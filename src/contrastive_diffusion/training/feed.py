@@ -54,7 +54,8 @@ class Batch:
     augment_labels: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(v if v is None else v.to(device, non_blocking=True) for v in (self.x, self.class_labels, self.augment_labels)))
+        labels = (v if v is None else v.to(device, non_blocking=True) for v in (self.class_labels, self.augment_labels))
+        return Batch(self.x.to(device, non_blocking=True), *labels)
 
 
 @lru_cache(maxsize=4)
