@@ -150,9 +150,9 @@ def main() -> None:
             found["overhead"].append(row)
             _print(row, len(found["overhead"]) == 1)
     levels: Callable[[int], Tensor] = lambda steps: schedules.grid(schedules.uniform(-9.0, 12.0), steps)  # noqa: E731
-    for law_name, law, n in (("dino", dino(), 500), ("mixture64", mixture64(), 500)):
+    for law_name, law, n in (("dino", dino(), 500), ("mixture64", mixture64(), 200)):
         n = 100 if options.quick else n
-        truth = exact_end(law, n, levels, 1000 if options.quick else 4000)
+        truth = exact_end(law, n, levels, 1000 if options.quick else 3000)
         reference = law.sample(n, torch.Generator().manual_seed(1), torch.float64)
         floor = math.sqrt(max(frechet(*moments(law), reference.mean(0), reference.T.cov()), 0.0))
         rows = [
