@@ -251,11 +251,18 @@ def _finetune_options(args: list[str]) -> Parsed:
 
     source, args = _take(args)
     if source is None:
-        require(HELP_FLAGS & set(args), "no source", "a run folder, or a model folder of cdl convert", "try cdl finetune runs/base --loss.contrastive 0.1")
+        require(
+            HELP_FLAGS & set(args), "no source", "a run folder, or a model folder of cdl convert", "try cdl finetune runs/base --loss.contrastive 0.1"
+        )
         return Parsed(Train, args, "finetune SOURCE [RECIPE]", Train())
     name, args = _take(args)
     default = recipe(Train, name, "finetune-") if name else _as_trained(Path(source))
-    return Parsed(Train, args, f"finetune {source}", dataclasses.replace(default, init=source, out="runs/finetuned" if default.out == Train.out else default.out))
+    return Parsed(
+        Train,
+        args,
+        f"finetune {source}",
+        dataclasses.replace(default, init=source, out="runs/finetuned" if default.out == Train.out else default.out),
+    )
 
 
 def _as_trained(source: Path) -> Any:

@@ -104,13 +104,35 @@ class Reader:
         self.counted, self.max_rows, self.reads = Counted(denoiser), max_rows, 0
 
     def __call__(self, z: Tensor, logsnr: Tensor) -> Tensor:
+        return self.read(self.counted, z, logsnr)
+
+    def read(self, counted: Counted, z: Tensor, logsnr: Tensor) -> Tensor:
         self.reads += 1
-        return evaluate(self.counted, z, logsnr, self.max_rows)
+        return evaluate(counted, z, logsnr, self.max_rows)
+
+    def take(self, index: Tensor) -> "_Part":
+        """The same for some rows."""
+        return _Part(self, self.counted.take(index))
 
     def ranged(self, z: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor]:
         self.reads += 1
-        parts = [ranged(self.counted, zs, ls) for zs, ls in zip(z.split(self.max_rows), logsnr.split(self.max_rows), strict=True)]
+        rows = torch.arange(len(z), device=z.device).split(self.max_rows)
+        parts = [ranged(self.counted.take(index) if len(rows) > 1 else self.counted, z[index], logsnr[index]) for index in rows]
         return torch.cat([eps_hat for eps_hat, _ in parts]), torch.cat([v for _, v in parts])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A reader of some of the rows, counted with the others."""
+
+    reader: Reader
+    counted: Counted
+
+    def __call__(self, z: Tensor, logsnr: Tensor) -> Tensor:
+        return self.reader.read(self.counted, z, logsnr)
+
+    def take(self, index: Tensor) -> "_Part":
+        return _Part(self.reader, self.counted.take(index))
 
 
 @dataclass(frozen=True)
@@ -324,22 +346,25 @@ def _blocks(task: Draw) -> Callable[[int], Tensor]:
     return noise
 
 
+class Drawn(Protocol):
+    """What every sampler returns: the fields of ``Samples``, with others if it has more to say."""
+
+    @property
+    def x(self) -> Tensor: ...
+    @property
+    def evals(self) -> int: ...
+    @property
+    def rounds(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+
+
 class Sampler(Protocol):
     """``Sequential``, ``Parallel`` and their like."""
 
     def __call__(
-        self,
-        denoiser: Denoiser,
-        grid: Tensor,
-        shape: tuple[int, ...],
-        seed: int = 0,
-        *,
-        first: int = 0,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        path: bool = False,
-        watch: Watch | None = None,
-    ) -> Samples: ...
+        self, denoiser: Denoiser, grid: Tensor, shape: tuple[int, ...], seed: int = 0, /, *, first: int = 0, device: torch.device | str = "cpu", watch: Watch | None = None
+    ) -> Drawn: ...  # fmt: skip
 
 
 def in_batches(
@@ -357,7 +382,7 @@ def in_batches(
     then x has fewer rows than were asked for."""
     require(batch >= 1, f"batch = {batch}", "batch >= 1")
     require(shape and shape[0] >= 1, f"shape {tuple(shape)}", "(B, *S) with every size >= 1")
-    done: list[Samples] = []
+    done: list[Drawn] = []
     try:
         for first in range(0, shape[0], batch):
             size = min(batch, shape[0] - first)

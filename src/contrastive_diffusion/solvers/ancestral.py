@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 from contrastive_diffusion.channel import noise, per_row, signal
 from contrastive_diffusion.denoisers import Denoiser, ranged
 from contrastive_diffusion.errors import choose, require
-from contrastive_diffusion.solvers.contract import Affine, Coefficients, Solver
+from contrastive_diffusion.solvers.contract import Affine, Coefficients, Solver, of_rows
 
 
 @overload
@@ -117,7 +117,7 @@ class DDIM2:
         if not len(rows):
             return out
         levels = self.grid[index[rows] - 1], logsnr[rows], logsnr_next[rows]
-        return out.index_copy(0, rows, _corrected(denoiser, z[rows], eps_hat[rows], *levels))
+        return out.index_copy(0, rows, _corrected(of_rows(denoiser, rows, z), z[rows], eps_hat[rows], *levels))
 
 
 def _corrected(denoiser: Denoiser, z: Tensor, eps_hat: Tensor, before: Tensor, logsnr: Tensor, logsnr_next: Tensor) -> Tensor:

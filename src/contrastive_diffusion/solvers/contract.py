@@ -17,11 +17,16 @@ import torch
 from torch import Tensor
 
 from contrastive_diffusion.channel import noise, per_row, signal
-from contrastive_diffusion.denoisers import Denoiser
+from contrastive_diffusion.denoisers import Denoiser, take
 from contrastive_diffusion.errors import UsageError, require
 
 Coefficients = tuple[Tensor, Tensor, Tensor]
 Output = Literal["eps", "x"]
+
+
+def of_rows(denoiser: Denoiser, rows: Tensor, z: Tensor) -> Denoiser:
+    """The denoiser for ``rows`` of z only, with their labels if it is bound to some."""
+    return denoiser if len(rows) == len(z) else take(denoiser, rows)
 
 
 class Solver(Protocol):

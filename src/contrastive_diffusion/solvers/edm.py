@@ -10,7 +10,7 @@ from contrastive_diffusion.channel import per_row, sigma_of_logsnr, signal
 from contrastive_diffusion.denoisers import Denoiser
 from contrastive_diffusion.errors import require
 from contrastive_diffusion.solvers.ancestral import ddim_coefficients
-from contrastive_diffusion.solvers.contract import Affine, Coefficients
+from contrastive_diffusion.solvers.contract import Affine, Coefficients, of_rows
 
 LARGEST = math.sqrt(2) - 1  # EDM's bound on the relative increase of sigma in one step
 
@@ -47,7 +47,7 @@ class Heun:
         rows = logsnr_next.isfinite().nonzero().squeeze(1)
         if not len(rows):
             return euler
-        corrector = denoiser(euler[rows], logsnr_next[rows].to(z.dtype))
+        corrector = of_rows(denoiser, rows, z)(euler[rows], logsnr_next[rows].to(z.dtype))
         trapezoid = a[rows] * z[rows] + b[rows] * (0.5 * (eps_hat[rows] + corrector))
         return euler.index_copy(0, rows, trapezoid)
 
