@@ -49,7 +49,7 @@ class Sample:
     """Of --parallel: secant (measured), gauss, picard, ... (cdl list slopes)."""
     window: int | None = None
     """Steps of a sample worked on at once by --parallel; 64 by default, or all of a shorter grid."""
-    tolerance: float = 0.05
+    tolerance: float = 0.02
     """Of --parallel; 0 is exactly the sequential sample."""
     seed: int = 0
     """Sample i of a seed is the same whatever n."""

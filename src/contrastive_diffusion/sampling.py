@@ -290,6 +290,19 @@ def _blocks(task: Draw) -> Callable[[int], Tensor]:
     return noise
 
 
+class Drawn(Protocol):
+    """What every sampler's result has: see ``Samples``."""
+
+    @property
+    def x(self) -> Tensor: ...
+    @property
+    def evals(self) -> int: ...
+    @property
+    def rounds(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+
+
 class Sampler(Protocol):
     """``Sequential``, ``Parallel`` and their like."""
 
@@ -305,7 +318,7 @@ class Sampler(Protocol):
         dtype: torch.dtype = torch.float32,
         path: bool = False,
         watch: Watch | None = None,
-    ) -> Samples: ...
+    ) -> Drawn: ...
 
 
 def in_batches(
@@ -323,7 +336,7 @@ def in_batches(
     then x has fewer rows than were asked for."""
     require(batch >= 1, f"batch = {batch}", "batch >= 1")
     require(shape and shape[0] >= 1, f"shape {tuple(shape)}", "(B, *S) with every size >= 1")
-    done: list[Samples] = []
+    done: list[Drawn] = []
     try:
         for first in range(0, shape[0], batch):
             size = min(batch, shape[0] - first)

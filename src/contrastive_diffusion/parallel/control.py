@@ -1,7 +1,7 @@
 """What the host decides between rounds, from numbers that may be one round old: which sample is in which lane, and how wide its window is.
 
-A window pays while its frontier moves by an eighth of it (and two steps) per round or its states come nearer to the bound. When neither has happened for
-``PATIENCE`` rounds, a lane first loses the measured slope, then its window shrinks to four times its recent advance; with an advance below two
+A window pays while its frontier moves by a sixteenth of it (and two steps) per round or its states come nearer to the bound. When neither has happened for
+``PATIENCE`` rounds (more at tolerance 0), a lane first loses the measured slope, then its window shrinks to four times its recent advance; with an advance below two
 steps a round there is no gain left, and the lane goes on from its frontier with at most ``PRICE`` evaluations per step: a window wider
 than one step is only tried with what has been saved. So a map that cannot be parallelised costs PRICE T and the windows it takes to find out:
 twice PATIENCE and one for each time that its states came nearer by chance.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 PATIENCE = 4  # rounds
+EXACT_PATIENCE = 16  # where not a bit may change, the last ones take their time
 PRICE = 1.2  # evaluations per step when there is no gain left
 NEARER = 0.3  # decades of mean square that count as progress
 
@@ -52,6 +53,7 @@ class Lanes:
     window: int
     adapt: bool
     measures: bool
+    patience: int
     ids: np.ndarray
     known: np.ndarray
     width: np.ndarray
@@ -63,10 +65,10 @@ class Lanes:
     gained: np.ndarray  # steps since then
 
     @staticmethod
-    def make(count: int, steps: int, window: int, adapt: bool, measured: bool) -> "Lanes":
+    def make(count: int, steps: int, window: int, adapt: bool, measured: bool, patience: int) -> "Lanes":
         zeros = lambda: np.zeros(count, dtype=np.int64)  # noqa: E731
         return Lanes(
-            steps, window, adapt, measured, zeros() - 1, zeros(), zeros() + window, np.full(count, measured), np.full(count, np.inf), zeros(), zeros(),
+            steps, window, adapt, measured, patience, zeros() - 1, zeros(), zeros() + window, np.full(count, measured), np.full(count, np.inf), zeros(), zeros(),
             zeros() - 1, zeros(),
         )  # fmt: skip
 
@@ -88,19 +90,19 @@ class Lanes:
         self.paid += np.where(self.paid >= 0, rows, 0)
         self.gained += np.where(self.paid >= 0, advance, 0)
         if self.adapt:
-            moving = (advance >= np.maximum(rows / 8, 2)) | (far <= self.best - NEARER)
+            moving = (advance >= np.maximum(rows / 16, 2)) | (far <= self.best - NEARER)
             self.best = np.where(moving, np.minimum(self.best, far), self.best)
             self.waited = np.where(moving | (rows <= 1), 0, self.waited + 1)
             self.since = np.where(self.waited == 0, base, self.since)
-            for lane in np.flatnonzero((self.waited >= PATIENCE) & self.active & (self.paid < 0)):
-                self._stalled(lane)
+            for lane in np.flatnonzero((self.waited >= self.patience) & self.active & (self.paid < 0)):
+                self._stalled(int(lane))
             saving = self.paid >= 0
             credit = np.floor(PRICE * self.gained - self.paid).astype(np.int64)
             grown = np.where(advance >= rows, 2 * rows, 2 * advance)
             self.width = np.where(saving, np.clip(np.minimum(grown, credit + 1), 1, self.window), self.width)
 
     def _stalled(self, lane: int) -> None:
-        pace = (self.known[lane] - self.since[lane]) / PATIENCE
+        pace = (self.known[lane] - self.since[lane]) / self.patience
         self.waited[lane], self.since[lane] = 0, self.known[lane]
         if self.measured[lane]:
             self.measured[lane] = False

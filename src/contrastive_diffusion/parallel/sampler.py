@@ -65,7 +65,7 @@ class Parallel:
     solver: Solver
     slope: str = "secant"
     window: int | Literal["all", "auto"] | None = None
-    tolerance: float = 0.05
+    tolerance: float = 0.02
     per_channel: bool = False
     anderson: int = 0
     lanes: int | None = None
@@ -119,6 +119,6 @@ class Parallel:
         task.evaluator.finish()
         seconds, evals, reads = task.clock.seconds(), task.evaluator.rows, task.evaluator.reads
         defect = task.verify() if verify else None
-        each = [torch.from_numpy(v) for v in (task.sample_evals, task.sample_rounds)]
+        sample_evals, sample_rounds = torch.from_numpy(task.sample_evals), torch.from_numpy(task.sample_rounds)
         kept = task.states() if path else None
-        return ParallelSamples(task.x, evals, reads, seconds, kept, *each, task.window, defect, task.gain, tuple(task.notes))
+        return ParallelSamples(task.x, evals, reads, seconds, kept, sample_evals, sample_rounds, task.window, defect, task.gain, tuple(task.notes))

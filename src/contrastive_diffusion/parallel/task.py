@@ -12,7 +12,7 @@ from contrastive_diffusion.denoisers import Denoiser
 from contrastive_diffusion.errors import RunError, choose, require
 from contrastive_diffusion.parallel import cost
 from contrastive_diffusion.parallel.anderson import Anderson
-from contrastive_diffusion.parallel.control import Lagged, Lanes
+from contrastive_diffusion.parallel.control import EXACT_PATIENCE, PATIENCE, Lagged, Lanes
 from contrastive_diffusion.parallel.noise import Noise
 from contrastive_diffusion.parallel.processes import Evaluator, agreed, same_task
 from contrastive_diffusion.parallel.ring import Ring
@@ -66,7 +66,8 @@ class Task:
         self.ring = Ring(self.tables, lanes, self.window, self.step.memory, item, groups, dtype, device)
         noisy = self.step.solver.noisy
         self.noise = Noise(self.ring, seed, self.step.solver.draws, (1 + self.lag) * self.window) if noisy else None
-        self.host, self.lagged = Lanes.make(lanes, steps, self.window, options.fallback, self.slope.measured), Lagged(self.lag)
+        patience = PATIENCE if options.tolerance else EXACT_PATIENCE
+        self.host, self.lagged = Lanes.make(lanes, steps, self.window, options.fallback, self.slope.measured, patience), Lagged(self.lag)
         self.rule = self._rule()
         self.anderson = Anderson(self.ring, options.anderson) if options.anderson else None
         self.given = guess if isinstance(guess, Tensor) else None
@@ -87,8 +88,9 @@ class Task:
             require(window <= steps, f"window = {window}", f"at most the {steps} steps of the grid", "window='all' is the whole grid")
 
     def _window(self, lanes: int, steps: int) -> tuple[int, float | None]:
-        if self.options.window != "auto":
-            return {None: min(DEFAULT_WINDOW, steps), "all": steps}.get(self.options.window, self.options.window), None
+        window = self.options.window
+        if window != "auto":
+            return min(DEFAULT_WINDOW, steps) if window is None else steps if window == "all" else window, None
         plan = agreed(self.options.group, cost.plan(self.evaluator, self.item, lanes, steps, self.step.logsnr, self.dtype, self.device))
         self.notes.append(plan.words)
         if plan.gain <= 1:
