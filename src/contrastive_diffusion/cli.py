@@ -55,6 +55,8 @@ class Sample:
     """Sample i of a seed is the same whatever n."""
     device: str = "cpu"
     """Where the network runs: cpu, cuda, ..."""
+    label: int | None = None
+    """Class to draw from, of a network trained on labels."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,28 @@ class EstimateCommand:
     """Of points and estimates."""
     out: str | None = None
     """Also write the numbers to this JSON file."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Turn a checkpoint (EDM pickle, DDPM state dict, diffusers folder, run folder) into a model folder; nothing in it is executed."""
+
+    source: Annotated[str, "positional"]
+    """The file or folder."""
+    out: Annotated[str, "positional"]
+    """The model folder to write."""
+    weights: Literal["ema", "raw"] | None = None
+    """Which weights: for files that do not say, and for runs, which have both (default: ema)."""
+    resolution: int | None = None
+    """Of the images, where a file does not imply it."""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Say what a checkpoint is, without loading or executing it."""
+
+    file: Annotated[str, "positional"]
+    """The file or folder."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +246,39 @@ def _train_options(args: list[str]) -> Parsed:
     return Parsed(Train, args, "train", recipe(Train, name, "train-"))
 
 
+def _finetune_options(args: list[str]) -> Parsed:
+    import dataclasses
+
+    from contrastive_diffusion.recipes import Train, recipe
+
+    source, args = _take(args)
+    if source is None:
+        require(
+            HELP_FLAGS & set(args), "no source", "a run folder, or a model folder of cdl convert", "try cdl finetune runs/base --loss.contrastive 0.1"
+        )
+        return Parsed(Train, args, "finetune SOURCE [RECIPE]", Train())
+    name, args = _take(args)
+    default = recipe(Train, name, "finetune-") if name else _as_trained(Path(source))
+    return Parsed(
+        Train,
+        args,
+        f"finetune {source}",
+        dataclasses.replace(default, init=source, out="runs/finetuned" if default.out == Train.out else default.out),
+    )
+
+
+def _as_trained(source: Path) -> Any:
+    """The recipe a run was trained with, to be changed by options; the defaults for a model folder, with a network for images."""
+    import yaml
+
+    from contrastive_diffusion.recipes import Net, Train, validate
+
+    if not (source / "recipe.yaml").is_file():
+        require((source / "config.json").is_file(), f"{source}", "a run folder, or a model folder of cdl convert")
+        return Train(net=Net(kind="ddpm++"))
+    return validate(Train, yaml.safe_load((source / "recipe.yaml").read_text()) | {"out": "runs/finetuned", "init": None}, str(source))
+
+
 def _run_options(args: list[str]) -> Parsed:
     from contrastive_diffusion.experiments import load, summaries
     from contrastive_diffusion.recipes import recipe
@@ -283,7 +340,24 @@ def _act_train(config: Any) -> None:
     from contrastive_diffusion.runs import fit
 
     fit(config)
-    print(f"trained: {config.out}\nnext: cdl sample {config.out} --parallel")
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"trained: {config.out}\nnext: cdl sample {config.out} --parallel")
+
+
+def _act_convert(options: Convert) -> None:
+    from contrastive_diffusion.checkpoints import convert
+
+    card = convert(options.source, options.out, options.weights, options.resolution)
+    print(f"{options.out}: {card['net']['kind']}, {card['net']['resolution']} x {card['net']['resolution']}, {card['weights']} weights")
+    print(f"licence: {card['licence']}\nnext: cdl sample {options.out}, or cdl finetune {options.out}")
+
+
+def _act_inspect(options: Inspect) -> None:
+    import yaml
+
+    from contrastive_diffusion.checkpoints import inspect
+
+    print(yaml.safe_dump(inspect(options.file), sort_keys=False, width=120).strip())
 
 
 def _act_run(config: Any) -> None:
@@ -313,7 +387,7 @@ def _act_sample(options: Sample) -> None:
     require(options.n >= 1, f"--n {options.n}", "at least 1")
     solver = named_solver(options.solver)
     levels = _levels(options, solver)
-    denoiser, shape = named_denoiser(options.source)
+    denoiser, shape = named_denoiser(options.source, options.label)
     if hasattr(denoiser, "to"):
         denoiser = denoiser.to(options.device)  # pyright: ignore
     group = world(options.device) if options.parallel else None
@@ -419,6 +493,9 @@ def _act_report(options: Report) -> None:
 COMMANDS: dict[str, Command] = {
     "run": Command("Run an experiment, a table or figure of the paper: cdl run NAME [RECIPE].", _run_options, _act_run),
     "train": Command("Train a denoiser, or resume: cdl train [RECIPE].", _train_options, _act_train),
+    "finetune": Command("Train on from a run or a converted checkpoint: cdl finetune SOURCE [RECIPE].", _finetune_options, _act_train),
+    "convert": Command("Turn a foreign checkpoint into a model folder, executing nothing.", _simple(Convert, "convert"), _act_convert),
+    "inspect": Command("Say what a checkpoint is.", _simple(Inspect, "inspect"), _act_inspect),
     "sample": Command("Draw samples, in sequence or in parallel.", _simple(Sample, "sample"), _act_sample),
     "estimate": Command("Estimate likelihood ratios, likelihoods or noise levels.", _simple(EstimateCommand, "estimate"), _act_estimate),
     "report": Command("Write the HTML page of a run again.", _simple(Report, "report"), _act_report),

@@ -26,8 +26,8 @@ from contrastive_diffusion.channel import (
     v_from_eps,
     x_from_eps,
 )  # fmt: skip
-from contrastive_diffusion.errors import choose, require
-from contrastive_diffusion.schedules import Table
+from contrastive_diffusion.errors import UsageError, choose, require
+from contrastive_diffusion.schedules import Table, ddpm
 
 Prediction = Literal["eps", "x", "v"]
 FINEST = 12.4  # log-SNR (nats) beyond which data of unknown detail is taken as resolved: EDM's sigma of 0.002
@@ -58,24 +58,39 @@ def ranged(denoiser: Denoiser, z: Tensor, logsnr: Tensor) -> tuple[Tensor, Tenso
 class Like:
     """A function as a denoiser that keeps what samplers and estimates read off the one it was made from. See ``like``."""
 
-    def __init__(self, denoiser: Denoiser, function: Callable[[Tensor, Tensor], Tensor], change: Callable[[Tensor, Tensor, Tensor], Tensor] | None):
-        self.denoiser, self.function, self.change = denoiser, function, change
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        function: Callable[[Tensor, Tensor], Tensor],
+        rows: Callable[[Tensor], Denoiser],
+        change: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+    ):
+        self.denoiser, self.function, self.rows, self.change = denoiser, function, rows, change
         self.finest, self.levels = finest_of(denoiser), getattr(denoiser, "levels", None)
 
     def __call__(self, z: Tensor, logsnr: Tensor) -> Tensor:
         return self.function(z, logsnr)
+
+    def take(self, index: Tensor) -> Denoiser:
+        return self.rows(index)
 
     def ranged(self, z: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor]:
         eps_hat, v = ranged(self.denoiser, z, logsnr)
         return (self.function(z, logsnr) if self.change is None else self.change(z, logsnr, eps_hat)), v
 
 
-def like(denoiser: Denoiser, function: Callable[[Tensor, Tensor], Tensor], change: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Like:
+def like(
+    denoiser: Denoiser,
+    function: Callable[[Tensor, Tensor], Tensor],
+    rows: Callable[[Tensor], Denoiser],
+    change: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> Like:
     """``function`` as a denoiser with the ``finest``, ``levels`` and learned variance of ``denoiser``.
 
-    ``change(z, logsnr, eps_hat)``: the function's value where the denoiser's is known already, which saves an evaluation.
+    ``rows(index)`` is the same for some of the rows it is bound to (see ``take``); ``change(z, logsnr, eps_hat)`` the function's value where
+    the denoiser's is known already, which saves an evaluation.
     """
-    return Like(denoiser, function, change)
+    return Like(denoiser, function, rows, change)
 
 
 def evaluate(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int = 16384) -> Tensor:
@@ -83,9 +98,17 @@ def evaluate(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int = 1638
     logsnr = logsnr.to(z.dtype)
     if len(z) <= max_rows:
         eps_hat = denoiser(z, logsnr)
-        require(eps_hat.shape == z.shape, f"a denoiser that returns {tuple(eps_hat.shape)}", f"the shape of z, {tuple(z.shape)}")
+        if eps_hat.shape != z.shape:
+            raise UsageError(f"given a denoiser that returns {tuple(eps_hat.shape)}, expected the shape of z, {tuple(z.shape)}")
         return eps_hat
-    return torch.cat([evaluate(denoiser, zs, ls, max_rows) for zs, ls in zip(z.split(max_rows), logsnr.split(max_rows), strict=True)])
+    rows = torch.arange(len(z), device=z.device)
+    parts = zip(z.split(max_rows), logsnr.split(max_rows), rows.split(max_rows), strict=True)
+    return torch.cat([evaluate(take(denoiser, index), zs, ls, max_rows) for zs, ls, index in parts])
+
+
+def take(denoiser: Denoiser, index: Tensor) -> Denoiser:
+    """The denoiser for rows ``index`` (n,) of the B rows it is bound to, as one with a label for each row is; itself if it treats all rows alike."""
+    return denoiser.take(index) if hasattr(denoiser, "take") else denoiser  # pyright: ignore
 
 
 def at_noise(denoiser: Denoiser, zeta: Tensor | float) -> Denoiser:
@@ -115,6 +138,9 @@ class Bounded(torch.nn.Module):
         self.denoiser, self.low, self.high = denoiser, low, high
         self.finest = high
 
+    def take(self, index: Tensor) -> "Bounded":
+        return Bounded(take(self.denoiser, index), self.low, self.high)
+
     def forward(self, z: Tensor, logsnr: Tensor) -> Tensor:
         inside = logsnr.clamp(self.low, self.high)
         scale = per_row(signal(inside) / signal(logsnr), z)  # to z at the clamped level, the clean coordinate y = z / signal held
@@ -125,21 +151,34 @@ class Bounded(torch.nn.Module):
         return torch.where(level > self.high, above, torch.where(level < self.low, below, held))
 
 
-def from_edm(net: Callable[..., Tensor], class_labels: Tensor | None = None) -> Denoiser:
-    """The denoiser of an EDM network ``net(y, sigma[, class_labels]) -> D`` (Karras et al. 2022): y = x + sigma eps (B, *S), sigma (B,).
+class FromEDM(torch.nn.Module):
+    """The denoiser of an EDM network; see ``from_edm``."""
 
-    ``class_labels``: (B, labels) or (1, labels), closed over. ``finest`` follows the network's ``sigma_min`` where it has one.
-    """
+    def __init__(self, net: Callable[..., Tensor], class_labels: Tensor | None = None, augment_labels: Tensor | None = None):
+        super().__init__()
+        self.net, self.class_labels, self.augment_labels = net, class_labels, augment_labels
+        sigma_min = float(getattr(net, "sigma_min", 0.0) or 0.0)
+        self.finest = float(logsnr_of_sigma(sigma_min)) if sigma_min > 0 else FINEST
 
-    def denoiser(z: Tensor, logsnr: Tensor) -> Tensor:
+    def forward(self, z: Tensor, logsnr: Tensor) -> Tensor:
         sigma = sigma_of_logsnr(logsnr)
         y = z / per_row(signal(logsnr), z)
-        labels = () if class_labels is None else (class_labels.expand(len(z), -1),)
-        return (y - net(y, sigma, *labels).to(z.dtype)) / per_row(sigma, z)
+        labels = [None if v is None else v.to(z.device).expand(len(z), -1) for v in (self.class_labels, self.augment_labels)]
+        while labels and labels[-1] is None:  # a network without labels need not take any
+            labels.pop()
+        return (y - self.net(y, sigma, *labels).to(z.dtype)) / per_row(sigma, z)
 
-    sigma_min = float(getattr(net, "sigma_min", 0.0) or 0.0)
-    denoiser.finest = float(logsnr_of_sigma(sigma_min)) if sigma_min > 0 else FINEST  # pyright: ignore[reportFunctionMemberAccess]
-    return denoiser
+    def take(self, index: Tensor) -> "FromEDM":
+        class_labels, augment_labels = (v if v is None or len(v) == 1 else v[index.to(v.device)] for v in (self.class_labels, self.augment_labels))
+        return FromEDM(self.net, class_labels, augment_labels)
+
+
+def from_edm(net: Callable[..., Tensor], class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> FromEDM:
+    """The denoiser of an EDM network ``net(y, sigma[, class_labels[, augment_labels]]) -> D`` (Karras et al. 2022): y = x + sigma eps (B, *S), sigma (B,).
+
+    Labels are closed over: (1, L) for all rows alike, or (B, L), row i's for row i. ``finest`` follows the network's ``sigma_min`` where it has one.
+    """
+    return FromEDM(net, class_labels, augment_labels)
 
 
 def to_edm(denoiser: Denoiser) -> Callable[[Tensor, Tensor], Tensor]:
@@ -211,6 +250,15 @@ def from_timesteps(
     return FromTimesteps(net, table if isinstance(table, Table) else Table(torch.as_tensor(table)), predicts, rounded, learned)
 
 
+def of_network(net: Callable[..., Any], class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Denoiser:
+    """The denoiser of a network of this package by its ``convention``: "edm", "timesteps" (DDPM's thousand), or log-SNR where it names none."""
+    convention = getattr(net, "convention", "logsnr")
+    if convention == "edm":
+        return from_edm(net, class_labels, augment_labels)
+    require(class_labels is None and augment_labels is None, f"labels for a network of convention {convention!r}", "none", "use ddpm++ or ncsn++")
+    return from_timesteps(net, ddpm()) if convention == "timesteps" else net
+
+
 def to_timesteps(denoiser: Denoiser, table: Table, predicts: Prediction = "eps") -> Callable[[Tensor, Tensor], Tensor]:
     """The inverse of ``from_timesteps``: ``net(z, t) -> eps | x | v`` for (fractional) timesteps of ``table``."""
     choose(predicts, FROM_EPS, "prediction")
@@ -225,17 +273,26 @@ def to_timesteps(denoiser: Denoiser, table: Table, predicts: Prediction = "eps")
 class Counted:
     """Counts what a denoiser is asked: ``rows`` evaluations in ``calls`` calls."""
 
-    def __init__(self, denoiser: Denoiser):
-        self.denoiser, self.rows, self.calls = denoiser, 0, 0
+    def __init__(self, denoiser: Denoiser, whole: "Counted | None" = None):
+        self.denoiser, self.rows, self.calls, self.whole = denoiser, 0, 0, whole
         self.finest = finest_of(denoiser)
 
     def __call__(self, z: Tensor, logsnr: Tensor) -> Tensor:
-        self.rows, self.calls = self.rows + len(z), self.calls + 1
+        self.count(len(z))
         return self.denoiser(z, logsnr)
 
     def ranged(self, z: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor]:
-        self.rows, self.calls = self.rows + len(z), self.calls + 1
+        self.count(len(z))
         return ranged(self.denoiser, z, logsnr)
+
+    def take(self, index: Tensor) -> "Counted":
+        """The same for some rows; what it counts, this counts too."""
+        return Counted(take(self.denoiser, index), self)
+
+    def count(self, rows: int) -> None:
+        self.rows, self.calls = self.rows + rows, self.calls + 1
+        if self.whole is not None:
+            self.whole.count(rows)
 
 
 def unit_noise(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -41,6 +41,12 @@ def lines(title: str, x: str, y: str, curves: Sequence[dict[str, Any]], caption:
     return {"kind": "lines", "title": title, "x": x, "y": y, "curves": list(curves), "caption": caption} | options
 
 
+def images(title: str, panels: Sequence[tuple[str, str]], caption: str = "", *, rows: int, columns: int, across: int) -> Block:
+    """Panels (title, array (n, C, H, W) in [-1, 1]), each a grid of images, ``across`` panels side by side."""
+    shown = {"rows": rows, "columns": columns, "across": across}
+    return {"kind": "images", "title": title, "panels": [list(p) for p in panels], "caption": caption} | shown
+
+
 def scatter(title: str, panels: Sequence[tuple[str, str]], caption: str = "", **options: Any) -> Block:
     """Panels (title, array (n, 2)) on common axes. Options: ``limits`` [x0, x1, y0, y1], ``columns``."""
     return {"kind": "scatter", "title": title, "panels": [list(p) for p in panels], "caption": caption} | options

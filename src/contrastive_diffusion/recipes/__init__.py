@@ -10,104 +10,41 @@ import os
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as schema
-from torch import Tensor, nn
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
+from contrastive_diffusion.data.images import Images as ImageSet
+from contrastive_diffusion.data.images import is_images, open_images
 from contrastive_diffusion.data.toys import TOYS, toy
-from contrastive_diffusion.denoisers import Bounded
 from contrastive_diffusion.errors import UsageError, choose, require
-from contrastive_diffusion.nets import NETS
-from contrastive_diffusion.objectives import Contrastive, Denoising, Likelihood, Objective, Weighted
-from contrastive_diffusion.schedules import Schedule, ddpm, ends, logistic, lognormal, uniform
-from contrastive_diffusion.training import Data, Rows, Training
+from contrastive_diffusion.recipes.schema import STRICT, Images, Loss, Net, Train, Watch
+from contrastive_diffusion.training import Data, Rows
 
+__all__ = ["STRICT", "Images", "Loss", "Net", "Train", "Watch", "load_array", "load_data", "load_images", "plain", "recipe", "validate"]
 T = TypeVar("T")
-STRICT = ConfigDict(extra="forbid")
 
 
-@schema(config=STRICT, frozen=True)
-class Net:
-    """The network."""
-
-    kind: Literal["mlp", "plain-mlp"] = "mlp"
-    """mlp: residual on Fourier features; plain-mlp: the paper's, on raw coordinates."""
-    width: int = Field(default=64, ge=1)
-    """Hidden units."""
-    blocks: int = Field(default=3, ge=1)
-    """Residual blocks of two layers."""
-    octaves: int = Field(default=6, ge=1)
-    """Fourier octaves per coordinate (mlp only)."""
-
-    def build(self, dim: int, seed: int) -> nn.Module:
-        """A fresh network for vectors of ``dim``, initialised by ``seed`` without touching the global stream."""
-        kwargs = {"octaves": self.octaves} if self.kind == "mlp" else {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return NETS[self.kind](dim, self.width, self.blocks, **kwargs)
-
-
-@schema(config=STRICT, frozen=True)
-class Loss:
-    """The training objective: a denoising loss, plus the contrastive one with ``contrastive`` as its weight."""
-
-    denoising: Literal["ddpm", "uniform", "edm", "likelihood"] = "ddpm"
-    """ddpm: eps error, uniform timestep; uniform: eps error, uniform log-SNR over the same range; edm: EDM's law and weight; likelihood: nll (ITD)."""
-    contrastive: float = Field(default=0.0, ge=0)
-    """Weight of the contrastive loss; 0 leaves it out."""
-    zeta: tuple[float, float] = (-4.0, 10.0)
-    """Range of the contrasted log-SNR, uniform."""
-    points: int = Field(default=8, ge=4, multiple_of=2)
-    """(log-SNR, noise) points per likelihood ratio, an even number."""
-    share: float = Field(default=1 / 16, gt=0, le=1)
-    """Share of the batch that is contrasted."""
-
-    def law(self) -> Schedule:
-        """The law of noise levels of the denoising part."""
-        laws = {"ddpm": ddpm, "uniform": lambda: uniform(*ends(ddpm())), "edm": lognormal, "likelihood": logistic}
-        return laws[self.denoising]()
-
-    def build(self) -> Objective:
-        if self.denoising == "likelihood":
-            plain: Objective = Likelihood(self.law())
-        else:
-            plain = Denoising(self.law(), "edm" if self.denoising == "edm" else "eps")
-        if not self.contrastive:
-            return plain
-        contrast = Contrastive(uniform(*self.zeta), self.points, self.share)
-        return Weighted({"denoising": (1.0, plain), "contrastive": (self.contrastive, contrast)})
-
-    def bounded(self, net: nn.Module) -> Bounded:
-        """The denoiser of ``net``, trusted on the levels it was trained on and continued beyond them."""
-        return Bounded(net, *ends(self.law()))
-
-
-@schema(config=STRICT, frozen=True)
-class Train:
-    """Train a denoiser on a toy law, a .npy or .csv array; run again to resume."""
-
-    data: str = "dino"
-    """A toy's name, or a .npy / .csv file of shape (N, D)."""
-    out: str = "runs/train"
-    """The run folder."""
-    init: str | None = None
-    """A run folder whose averaged weights to start from (fine-tuning)."""
-    net: Net = Field(default_factory=Net)
-    loss: Loss = Field(default_factory=Loss)
-    training: Training = Field(default_factory=Training)
-    checkpoint_every: int = Field(default=1000, ge=1)
-    """Steps between checkpoints."""
+def load_images(name: str, options: Images) -> tuple[ImageSet, ImageSet]:
+    """The images called ``name``: those to train on and those held out."""
+    found = open_images(name, resolution=options.resolution, channels=options.channels, labels=options.labels, corrupt=options.corrupt)
+    return found.split(options.holdout)
 
 
 def load_data(name: str) -> Data:
     """The law called ``name``: a toy, or the rows of a .npy or .csv file."""
     if name.endswith((".npy", ".csv", ".txt")):
         return Rows(load_array(Path(name)))
+    require(
+        not is_images(name),
+        f"data {name!r} for a network of vectors",
+        "a toy or a .npy / .csv file",
+        "set net.kind to ddpm++, ncsn++ or ddpm for images",
+    )
     require(name in TOYS or os.path.sep not in name, f"data {name!r}", "a toy or a .npy / .csv file")
     return toy(name)
 

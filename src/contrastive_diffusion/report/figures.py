@@ -144,6 +144,31 @@ def heat(block: dict[str, Any], arrays: Arrays) -> Figure:
     return figure
 
 
+def images(block: dict[str, Any], arrays: Arrays) -> Figure:
+    """Panels of images (n, C, H, W) in [-1, 1], each a grid of at most ``rows`` x ``columns`` with a line of grey between them."""
+    columns = block["columns"]
+    panels = [(title, _tiled(arrays[name][: block["rows"] * columns], columns)) for title, name in block["panels"] if name in arrays]
+    across = min(block["across"], len(panels))
+    down = -(-len(panels) // across)
+    height = max(shown.shape[0] / shown.shape[1] for _, shown in panels)
+    figure = Figure(figsize=(8.2, (8.2 / across * height + 0.3) * down))
+    grid = figure.subplots(down, across, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, (title, shown) in zip(grid.flat, panels, strict=False):
+        axes.imshow(shown[..., 0] if shown.shape[2] == 1 else shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(title, fontsize=8.5)
+    return figure
+
+
+def _tiled(x: np.ndarray, columns: int) -> np.ndarray:
+    """One picture (H, W, C) in [0, 1] of images (n, C, H, W) in [-1, 1]."""
+    rows = -(-len(x) // columns)
+    x = np.concatenate([x, np.full((rows * columns - len(x), *x.shape[1:]), -1.0, x.dtype)])
+    x = np.pad((np.clip(x, -1, 1) + 1) / 2, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=0.5)
+    return x.reshape(rows, columns, *x.shape[1:]).transpose(0, 3, 1, 4, 2).reshape(rows * x.shape[2], columns * x.shape[3], x.shape[1])
+
+
 def _finish(axes: Axes, block: dict[str, Any]) -> None:
     axes.set_xlabel(block["x"])
     axes.set_ylabel(block["y"])
@@ -155,4 +180,4 @@ def _finish(axes: Axes, block: dict[str, Any]) -> None:
         axes.set_ylim(*block["ylim"])
 
 
-FIGURES: dict[str, Callable[[dict[str, Any], Arrays], Figure]] = {"heat": heat, "lines": lines, "maps": maps, "scatter": scatter}
+FIGURES: dict[str, Callable[[dict[str, Any], Arrays], Figure]] = {"heat": heat, "images": images, "lines": lines, "maps": maps, "scatter": scatter}
