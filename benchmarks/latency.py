@@ -50,6 +50,8 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """A residual U-Net with attention at the second resolution; eps_hat = noise z + signal v with a small v."""
 
+    frequencies: Tensor
+
     def __init__(self, width: int, multiples: tuple[int, ...], blocks: int):
         super().__init__()
         level, size = 4 * width, [width * m for m in multiples]
@@ -71,7 +73,7 @@ class UNet(nn.Module):
             self.outer.weight *= 0.3
 
     def forward(self, z: Tensor, logsnr: Tensor) -> Tensor:
-        angle = logsnr.float()[:, None] * self.frequencies.float()
+        angle = logsnr.float()[:, None] * self.frequencies.to(torch.float32)
         level = self.embed(torch.cat([angle.sin(), angle.cos()], 1).to(z.dtype))
         h, held = self.inner(z), []
         for k, block in enumerate(self.down):

@@ -7,6 +7,7 @@ python benchmarks/parallel.py [--quick] [--out benchmarks/results/parallel.json]
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import math
@@ -80,10 +81,17 @@ def rounds_to_error(kind: str, steps: int, name: str, seeds: int) -> tuple[float
         a: list[float] = []
         b: list[float] = []
         Parallel(solver, "secant", "all", 1e-4, fallback=False)(
-            denoiser, levels, (count, *item), seed, watch=lambda s: a.append(rms(s.states[-1], exact))
+            denoiser, levels, (count, *item), seed, watch=lambda s, a=a, x=exact: a.append(rms(s.states[-1], x))
         )
         theirs.sample(
-            made, denoiser, noise(START), noise if kind == "ddpm" else None, steps, 1e-4, watch=lambda _, s: b.append(rms(s[-1], exact)), most=60
+            made,
+            denoiser,
+            noise(START),
+            noise if kind == "ddpm" else None,
+            steps,
+            1e-4,
+            watch=lambda _, s, b=b, x=exact: b.append(rms(s[-1], x)),
+            most=60,
         )
         found.append((stays_below(a, 1e-2), stays_below(b, 1e-2), a[-1]))
     return statistics.mean(f[0] for f in found), statistics.mean(f[1] for f in found), max(f[2] for f in found)
@@ -213,7 +221,7 @@ def t7(quick: bool) -> list[Row]:
                 # Without noise, which both samplers draw and neither counts here: diffusers before its loop, ours as windows move on.
                 _rounds(Parallel(solvers.ddim(), window=window, tolerance=0.05, fallback=False, max_rows=10**6), model, levels, (count, numel), most)
             else:
-                theirs.sample(made, model, free, lambda i: free, window, 0.05, most=most)
+                theirs.sample(made, model, free, lambda i, free=free: free, window, 0.05, most=most)
             gaps = [b - a for a, b in zip(model.times, model.times[1:], strict=False)]
             times[who] = statistics.median(gaps)
         ours, other = times["ours"] * 1e3, times["diffusers"] * 1e3
@@ -231,10 +239,8 @@ def _rounds(sampler: Parallel, model: Churn, levels: Tensor, shape: tuple[int, .
             raise _Enough
         return model(z, logsnr)
 
-    try:
+    with contextlib.suppress(_Enough):
         sampler(stopping, levels, shape)
-    except _Enough:
-        pass
 
 
 def _peak(who: str, steps: int, window: int, count: int, numel: int, queue: Any) -> None:
@@ -312,14 +318,8 @@ def t9_t10(quick: bool) -> list[Row]:
             run = (lambda: Parallel(solvers.ddpm(), window=64)(watched, levels, (count, numel))) if who == "ours" else (
                 lambda: theirs.sample(made, watched, noise, lambda i: torch.randn(count, numel), 64, 0.05))  # fmt: skip
             first = model.times.__len__()
-            try:
-                if counting:
-                    with mode:
-                        run()
-                else:
-                    run()
-            except _Enough:
-                pass
+            with contextlib.suppress(_Enough), mode if counting else contextlib.nullcontext():
+                run()
             seconds.append(model.times[first] - start)
         found[who] = seen[0][0], seconds[0] * 1e3, (seen[-1][1] - seen[0][1]) / 7
     a, b = found["ours"], found["diffusers"]

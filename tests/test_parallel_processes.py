@@ -28,7 +28,7 @@ def torchrun(code: str, processes: int = 2, *args: str) -> subprocess.CompletedP
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    command = [sys.executable, *(["-c", HEAD + textwrap.dedent(code)] if not args else args)]
+    command = [sys.executable, *(args if args else ["-c", HEAD + textwrap.dedent(code)])]
     running = [
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

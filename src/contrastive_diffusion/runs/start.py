@@ -64,7 +64,12 @@ def _image_net(config: Train, data: Images) -> tuple[nn.Module, ImageNet, str]:
 
         model = load_model(Path(config.init))
         spec = model.card.net
-        require(spec.shape == data.shape, f"images of shape {data.shape} for {config.init}", f"{spec.shape}, its own", "set images.resolution and images.channels")
+        require(
+            spec.shape == data.shape,
+            f"images of shape {data.shape} for {config.init}",
+            f"{spec.shape}, its own",
+            "set images.resolution and images.channels",
+        )
         todo = "set images.labels" + ("" if spec.label_dim else " to false")
         require(spec.label_dim == data.label_dim, f"labels of length {data.label_dim} for {config.init}", f"{spec.label_dim}, its own", todo)
         require(spec.augment_dim or not config.images.augment, f"images.augment for {config.init}", "0: it takes no augmentation labels")
