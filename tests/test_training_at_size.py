@@ -70,7 +70,9 @@ def _start(recipe_file: Path, world: int) -> list[subprocess.Popen]:
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-c", WORKER, str(recipe_file)]
     return [
-        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(world)
     ]
 
@@ -191,7 +193,14 @@ def test_labels_stay_with_their_rows_in_every_objective(share):
 
 
 def test_label_dropout_drops_its_share():
-    data = ImageSet(Array(torch.zeros(50, 1, 1, 1, dtype=torch.uint8).numpy(), torch.arange(50).numpy() % 5, "x"), (1, 1, 1), 5, False, "stop", torch.arange(50).numpy())
+    data = ImageSet(
+        Array(torch.zeros(50, 1, 1, 1, dtype=torch.uint8).numpy(), torch.arange(50).numpy() % 5, "x"),
+        (1, 1, 1),
+        5,
+        False,
+        "stop",
+        torch.arange(50).numpy(),
+    )
     feed = Feed(data, Training(batch=1000, label_dropout=0.25))
     labels = feed[0].class_labels
     assert labels is not None
@@ -301,7 +310,13 @@ def test_memory_that_runs_out_names_the_knob():
 
     state = State(nn.Linear(2, 2), Training(steps=1, batch=4))
     with pytest.raises(RunError, match=r"passes of 4 rows.*lower training\.micro.*net\.checkpointing"):
-        next(train(state, greedy, ImageSet(Array(torch.zeros(4, 1, 1, 1, dtype=torch.uint8).numpy(), None, "x"), (1, 1, 1), 0, False, "stop", torch.arange(4).numpy())))
+        next(
+            train(
+                state,
+                greedy,
+                ImageSet(Array(torch.zeros(4, 1, 1, 1, dtype=torch.uint8).numpy(), None, "x"), (1, 1, 1), 0, False, "stop", torch.arange(4).numpy()),
+            )
+        )
 
 
 def test_processes_must_divide_the_passes():
@@ -340,8 +355,17 @@ def test_augmentation_labels_reach_a_network_that_takes_them():
 def test_the_recipes_of_the_papers_checkpoints_are_valid():
     from importlib.resources import files
 
-    names = sorted(f.name.removesuffix(".yaml") for f in files("contrastive_diffusion.recipes").iterdir() if f.name.startswith(("finetune-", "train-")))
-    assert {"finetune-cifar10", "finetune-cifar10-cond", "finetune-ffhq", "finetune-afhqv2", "finetune-ddpm-cifar10", "finetune-ddpm-cifar10-ema"} <= set(names)
+    names = sorted(
+        f.name.removesuffix(".yaml") for f in files("contrastive_diffusion.recipes").iterdir() if f.name.startswith(("finetune-", "train-"))
+    )
+    assert {
+        "finetune-cifar10",
+        "finetune-cifar10-cond",
+        "finetune-ffhq",
+        "finetune-afhqv2",
+        "finetune-ddpm-cifar10",
+        "finetune-ddpm-cifar10-ema",
+    } <= set(names)
     for name in names:
         kind, _, rest = name.partition("-")
         config = recipe(Train, rest, f"{kind}-")

@@ -156,7 +156,7 @@ def prepare(
     batch, item = next(iter(shape), 0), tuple(shape[1:])
     require(item and min(batch, *item) >= 1, f"shape {tuple(shape)}", "(B, *S) with every size >= 1")
     require(seed >= 0 and first >= 0, f"seed {seed}, first {first}", "both >= 0")
-    _check_levels(solver, denoiser, grid)
+    check_levels(solver, denoiser, grid)
     reader, ids = Reader(denoiser, max_rows), torch.arange(first, first + batch, device=device)
     each = item if solver.draws == 1 else (solver.draws, *item)
 
@@ -172,7 +172,7 @@ def prepare(
     return Draw(StepMap(solver, reader, grid, device), reader.counted, start, noise, Clock(), reader, of_rows, levels)
 
 
-def _check_levels(solver: Solver, denoiser: Denoiser, grid: Tensor) -> None:
+def check_levels(solver: Solver, denoiser: Denoiser, grid: Tensor) -> None:
     """A denoiser that knows only some ``levels`` (a timestep network without interpolation) is read at these only."""
     levels = getattr(denoiser, "levels", None)
     if levels is None:
