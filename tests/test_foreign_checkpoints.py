@@ -1,6 +1,7 @@
 """Foreign checkpoints: converted to the last bit, refused by name when hostile, never executed."""
 
 import collections
+import contextlib
 import json
 import os
 import pickle
@@ -157,10 +158,8 @@ def test_no_allowed_name_can_be_turned_against_the_reader(tmp_path):
             for opcodes in (b"(%bto", b"%b\x85R", b"%bb", b"%b\x85\x81", b"(%btR}(X\x08\x00\x00\x00__call__Nub"):
                 opcodes = b"(" + b"%b" + b"tR" if opcodes == b"(%bto" else opcodes
                 path.write_bytes(b"\x80\x04c" + f"{module}\n{name}\n".encode() + opcodes.replace(b"%b", payload) + b".")
-                try:
+                with contextlib.suppress(UsageError):
                     pickles.read(path)
-                except UsageError:
-                    pass
                 assert not canary.exists()
     assert before == pickles.NAMES
     _snapshot(path, NETS["ncsn++"])

@@ -165,13 +165,23 @@ def _row(config: Study, main: Run, name: str, distance: metrics.MMD, arrays: dic
 
 def _blocks(config: Study, rows: dict[str, Any], evals: dict[str, dict[str, int]], control: dict[str, Any], nets: list[str]) -> list[page.Block]:
     names = [f"{net}-{branch}" for net in nets for branch in BRANCHES]
-    columns = ["", "nll, nats per dimension", "ratio accuracy, %", "MMD² × 1000, sequential", "MMD² × 1000, parallel", "rounds, parallel", "evals per sample, parallel"]
+    columns = [
+        "",
+        "nll, nats per dimension",
+        "ratio accuracy, %",
+        "MMD² × 1000, sequential",
+        "MMD² × 1000, parallel",
+        "rounds, parallel",
+        "evals per sample, parallel",
+    ]
     body = [
         [label, r["nll"], page.cell(r["accuracy"], 100), page.cell(r["sequential"]["mmd"], 1e3), page.cell(r["parallel"]["mmd"], 1e3), r["parallel"]["rounds"], r["parallel"]["evals per sample"]]
         for label, r in rows.items()
     ]  # fmt: skip
     body.append(["held-out images", None, None, page.cell(control["mmd of held-out images"], 1e3), None, None, None])
-    shown = [(label, f"{kind}.{name}") for name in names for label, kind in ((f"{name}, sequential", "sequential"), (f"{name}, parallel", "parallel"))]
+    shown = [
+        (label, f"{kind}.{name}") for name in names for label, kind in ((f"{name}, sequential", "sequential"), (f"{name}, parallel", "parallel"))
+    ]
     return [
         page.text(_verdict(rows, evals, nets), "One training seed for each branch: differences between two trainings of the same branch are not in the errors."),
         page.table(

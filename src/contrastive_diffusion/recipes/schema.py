@@ -177,6 +177,3 @@ class Train:
     """Steps between checkpoints."""
     changed: Literal["refuse", "accept"] = "refuse"
     """When the run folder is of another recipe: refuse, or go on with this one from its last checkpoint."""
-
-    def __post_init__(self):
-        require(not self.training.sharded, "training.sharded", "false: sharding is not supported yet", "use DDP (the default under torchrun)")

@@ -1,6 +1,7 @@
 """Training in a run folder: resumed where it stands, logged, checkpointed, looked at on the way; on one process or several."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ def fit(config: Train, *, position: int = 0, label: str = "train", out: str | No
         mininterval=0.5 if sys.stderr.isatty() else 10, disable=not processes.first,
     )  # fmt: skip
     try:
-        with open(metrics if processes.first else "/dev/null", "a") as log, open_logger(config.watch.logger if processes.first else "none", run.path) as logger:
+        with (
+            open(metrics if processes.first else os.devnull, "a") as log,
+            open_logger(config.watch.logger if processes.first else "none", run.path) as logger,
+        ):
             for step in train(state, config.loss.build(_sigma_data(config, begun)), begun.feed, config.loss.bounded, processes):
                 bar.update()
                 if processes.first:
@@ -69,7 +73,12 @@ def _open(processes: Processes, config: Train, begun: Start, out: str) -> Run:
             file, found = run.path / "data.json", {"sha256": source.content_hash(), "images": len(source)}
             before = json.loads(file.read_text()) if file.exists() else found
             accepted = before == found or config.changed == "accept"
-            require(accepted, f"{config.data} with {found['images']} images, content {found['sha256'][:12]}", f"that of {file}, {before['sha256'][:12]}", "go on with --changed accept")
+            require(
+                accepted,
+                f"{config.data} with {found['images']} images, content {found['sha256'][:12]}",
+                f"that of {file}, {before['sha256'][:12]}",
+                "go on with --changed accept",
+            )
             write_atomic(file, json.dumps(found))
     processes.wait()
     return Run(Path(out))

@@ -18,6 +18,8 @@ from contrastive_diffusion.runs.folder import Run
 from contrastive_diffusion.schedules import ends
 from contrastive_diffusion.training import Feed
 
+FRESH = "trained from scratch: that of whoever trained it"  # licence of such weights
+
 
 @dataclass(frozen=True)
 class Start:
@@ -64,7 +66,12 @@ def _image_net(config: Train, data: Images) -> tuple[nn.Module, ImageNet, str]:
 
         model = load_model(Path(config.init))
         spec = model.card.net
-        require(spec.shape == data.shape, f"images of shape {data.shape} for {config.init}", f"{spec.shape}, its own", "set images.resolution and images.channels")
+        require(
+            spec.shape == data.shape,
+            f"images of shape {data.shape} for {config.init}",
+            f"{spec.shape}, its own",
+            "set images.resolution and images.channels",
+        )
         todo = "set images.labels" + ("" if spec.label_dim else " to false")
         require(spec.label_dim == data.label_dim, f"labels of length {data.label_dim} for {config.init}", f"{spec.label_dim}, its own", todo)
         require(spec.augment_dim or not config.images.augment, f"images.augment for {config.init}", "0: it takes no augmentation labels")
@@ -74,11 +81,11 @@ def _image_net(config: Train, data: Images) -> tuple[nn.Module, ImageNet, str]:
     net = config.net.build(data.shape, config.training.seed, data.label_dim, config.images.augment > 0)
     spec = config.net.spec(data.shape, data.label_dim, config.images.augment > 0)
     assert spec is not None
-    licence = ""
+    licence = FRESH
     if config.init is not None:
         tensors, meta = Run.existing(config.init).trained()
         _load_average(net, tensors, config.init)
-        licence = str(meta.get("licence", ""))
+        licence = str(meta.get("licence", FRESH))
     return net, spec, licence
 
 
