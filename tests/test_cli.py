@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from contrastive_diffusion.cli import COMMANDS, main
+from contrastive_diffusion.solvers import SOLVERS
 
 TINY = ["--net.width", "8", "--net.blocks", "1", "--training.steps", "4", "--training.batch", "16"]
 
@@ -32,6 +33,37 @@ def test_sample(trained, tmp_path, capsys, options):
     assert main(["sample", str(trained), "--n", "5", "--steps", "10", "--out", str(out), *options]) == 0
     assert np.load(out).shape == (5, 2)
     assert "5 samples in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_sample_with_every_solver(name, tmp_path, capsys):
+    assert main(["sample", "two-modes", "--solver", name, "--n", "3", "--steps", "12", "--out", str(tmp_path / "x.npy")]) == 0
+    assert np.load(tmp_path / "x.npy").shape == (3, 1)
+
+
+def test_sample_by_evaluations_on_a_named_grid_in_batches(tmp_path, capsys):
+    options = ["--solver", "edm:churn=5,s_noise=1.007", "--evals", "35", "--grid", "karras:rho=5"]
+    for name, batch in (("a", "9"), ("b", "4")):
+        assert main(["sample", "dino", "--n", "9", *options, "--batch", batch, "--out", str(tmp_path / name)]) == 0
+        assert "(35 a sample)" in capsys.readouterr().out
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_ctrl_c_keeps_the_finished_batches(tmp_path, capsys, monkeypatch):
+    import contrastive_diffusion.sampling as sampling
+
+    whole, count = sampling.Sequential.__call__, []
+
+    def interrupted(*args, **kwargs):
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(sampling.Sequential, "__call__", interrupted)
+    assert main(["sample", "dino", "--n", "10", "--batch", "4", "--steps", "5", "--out", str(tmp_path / "x.npy")]) == 130
+    assert "interrupted: 8 of 10 samples were finished" in capsys.readouterr().out
+    assert np.load(tmp_path / "x.npy").shape == (8, 2)
 
 
 def test_sequential_and_exact_parallel_samples_are_the_same_file(tmp_path):
@@ -66,6 +98,16 @@ def test_list_names_everything(capsys):
     printed = capsys.readouterr().out
     for name in ("dino", "two-modes", "train-edm", "checkerboard", "heun", "picard"):
         assert name in printed
+
+
+def test_list_says_what_each_solver_can_do(capsys):
+    assert main(["list", "solvers"]) == 0
+    printed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[2:]}
+    assert set(printed) == set(SOLVERS)
+    assert printed["heun"].split()[1:6] == ["2", "2", "no", "yes", "karras"]
+    assert printed["adaptive"].split()[3:5] == ["yes", "no"]
+    assert main(["list", "grids"]) == 0
+    assert "sigma_max=80.0" in capsys.readouterr().out
 
 
 def test_run_report_and_its_terminal_summary(tmp_path, capsys):
@@ -115,6 +157,14 @@ def test_help(args, capsys):
         (["sample", "nothing"], "a run folder or one of"),
         (["sample", "dino", "--n", "0"], "at least 1"),
         (["sample", "dino", "--steps", "0"], "steps >= 1"),
+        (["sample", "dino", "--evals", "0"], "evals >= 1"),
+        (["sample", "dino", "--evals", "9", "--steps", "9"], "given --steps and --evals, expected one of the two"),
+        (["sample", "dino", "--solver", "huen"], "did you mean heun"),
+        (["sample", "dino", "--solver", "ddim:eta=1.5"], "0 <= eta <= 1"),
+        (["sample", "dino", "--solver", "adaptive", "--evals", "100"], "its tolerances"),
+        (["sample", "dino", "--grid", "karas"], "did you mean karras"),
+        (["sample", "dino", "--grid", "3,2,1"], "increasing log-SNRs"),
+        (["sample", "dino", "--batch", "0"], "batch >= 1"),
         (["sample", "dino", "--parallel", "--window", "0"], "window >= 1"),
         (["sample", "dino", "--parallel", "--tolerance", "-1"], "tolerance >= 0"),
         (["sample", "dino", "--seed", "-1"], "both >= 0"),

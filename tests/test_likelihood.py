@@ -3,13 +3,15 @@
 import math
 
 import pytest
+import scipy.stats
 import torch
 
+from contrastive_diffusion import likelihood, metrics
 from contrastive_diffusion.channel import corrupt
 from contrastive_diffusion.data.mixtures import GaussianMixture
 from contrastive_diffusion.data.toys import dino, two_modes
-from contrastive_diffusion.denoisers import Counted, noised
-from contrastive_diffusion.likelihood import llr, mse_curve, nll, noise_posterior
+from contrastive_diffusion.denoisers import Counted, noised, unit_noise
+from contrastive_diffusion.likelihood import _noise, _radius, credible_interval, llr, mse_curve, nll, noise_posterior, ood_score
 
 LAWS = {"dino": dino, "two-modes": two_modes}
 ZETAS = (-6.0, 0.0, 6.0, 9.0, 12.0, 15.0)
@@ -65,9 +67,8 @@ def test_llr_deviates_little_on_dino(zeta, bound, generator):
 def test_llr_takes_a_zeta_for_each_row_and_any_shape(generator):
     law = GaussianMixture(torch.zeros(1, 3, 2, 2), 0.5)
     x, zeta = law.sample(300, generator, torch.float64), torch.linspace(-4, 6, 300)
-    result = llr(law, x, zeta, 256, generator)
-    z = (result.mean - law.llr(x, zeta)) / result.stderr
-    assert abs(float(z.mean())) < 4 / math.sqrt(300)
+    error = llr(law, x, zeta, 256, generator).mean - law.llr(x, zeta)
+    assert abs(float(error.mean())) < 4 * float(error.std()) / math.sqrt(300)
 
 
 def test_llr_is_right_wherever_the_plateau_is_put(generator):
@@ -119,14 +120,52 @@ def test_noise_posterior_is_the_exact_one(generator):
     assert float((estimate.exp() - exact.exp()).abs().sum(1).mean() / 2) < 0.06
 
 
+@pytest.mark.parametrize(("name", "bound"), [("two-modes", 0.02), ("mixture", 0.02), ("dino", 0.035)])
+def test_noise_posterior_is_close_at_a_thousand_evaluations(name, bound, generator):
+    """Total variation; Dino's 142 narrow components are the hard case (docs/findings.md)."""
+    law = GaussianMixture(torch.randn(10, 64, generator=generator), 0.3) if name == "mixture" else LAWS[name]()
+    levels = torch.linspace(-4, 9, 5)
+    x = torch.cat([noised(law.sample(20, generator).float(), float(level), generator) for level in levels])
+    exact = torch.stack([law.log_prob(x.double(), float(level)) for level in levels], 1).softmax(1)
+    counted = Counted(law)
+    estimate = noise_posterior(counted, x, levels, 1024, generator)
+    assert counted.rows <= 1024 * len(x)
+    assert float((estimate.exp() - exact).abs().sum(1).mean() / 2) < bound
+
+
+def test_credible_intervals_cover(generator):
+    """Levels drawn uniformly from the grid's cells: the exact posterior's interval holds the true level as often as it says."""
+    law, grid = dino(), torch.linspace(-4, 10, 57)
+    true = grid[0] + (grid[-1] - grid[0]) * torch.rand(2000, generator=generator)
+    x = noised(law.sample(2000, generator), true, generator)
+    exact = torch.stack([law.log_prob(x, float(level)) for level in grid], 1).log_softmax(1)
+    for mass in (0.5, 0.9):
+        low, high = credible_interval(exact, grid, mass)
+        held = ((low <= true) & (true <= high)).double().mean()
+        assert abs(float(held) - mass) < 4 * math.sqrt(mass * (1 - mass) / 2000) + 0.01
+    point = torch.full((1, 57), -torch.inf).index_fill(1, torch.tensor([30]), 0.0)
+    low, high = credible_interval(point, grid, 0.9)
+    assert float(high - low) == pytest.approx(0.9 * 0.25)
+    assert float(low) < float(grid[30]) < float(high)
+
+
+@pytest.mark.parametrize("kind", ["nll", "llr"])
+def test_ood_scores_rank_foreign_points_higher(kind, generator):
+    law = dino()
+    x = law.sample(60, generator)
+    shifted = x + 0.1 * torch.randn(x.shape, generator=generator)
+    inside, outside = (ood_score(law, rows, kind, 128, generator).mean for rows in (x, shifted))
+    assert metrics.auroc(outside, inside).mean > 0.95
+
+
 def test_mse_curve_is_the_mmse_of_a_gaussian(generator, gaussian):
     x, levels = gaussian.sample(4000, generator, torch.float64), torch.tensor([-3.0, 0.0, 4.0])
-    curve = mse_curve(gaussian, x, levels, 12, generator)
+    curve = mse_curve(gaussian, x, levels, 24, generator)
     spectrum = torch.tensor([0.3, 2.0], dtype=torch.float64).square().log()
     mmse = torch.sigmoid(levels[:, None].double() + spectrum).sum(1)
     error = curve.mean.mean(0) - mmse
     assert (error.abs() < 4 * curve.mean.std(0) / math.sqrt(4000)).all()
-    assert curve.evals == 12
+    assert curve.evals == 24
 
 
 def test_evals_are_what_the_denoiser_saw(generator):
@@ -135,7 +174,7 @@ def test_evals_are_what_the_denoiser_saw(generator):
     for evaluate, evals in (
         (lambda d: llr(d, x, 3.0, 65, generator), 64),
         (lambda d: nll(d, x, 33, generator), 32),
-        (lambda d: mse_curve(d, x, torch.tensor([0.0, 1.0]), 9, generator), 8),
+        (lambda d: mse_curve(d, x, torch.tensor([0.0, 1.0]), 17, generator), 16),
     ):
         counted = Counted(law)
         assert evaluate(counted).evals == evals
@@ -152,14 +191,54 @@ def test_memory_is_bounded_by_max_rows(generator):
     x = law.sample(50, generator)
     result = llr(watched, x, 6.0, 64, generator, finest=law.finest, max_rows=200)
     assert max(calls) <= 200
-    z = (result.mean - law.llr(x, 6.0)) / result.stderr
-    assert abs(float(z.mean())) < 4 * float(z.std()) / math.sqrt(50)
+    error = result.mean - law.llr(x, 6.0)
+    assert abs(float(error.mean())) < 4 * float(error.std()) / math.sqrt(50)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 64, 3072])
+def test_the_radius_is_the_chi_quantile(dim):
+    quantile = torch.tensor([1e-12, 1e-6, 0.01, 0.3, 0.5, 0.9, 1 - 1e-6, 1 - 1e-12], dtype=torch.float64)
+    truth = torch.from_numpy(scipy.stats.chi(dim).ppf(quantile.numpy()))
+    torch.testing.assert_close(_radius(quantile, dim), truth, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5])
+def test_noise_comes_in_groups_and_each_point_is_standard_normal(dim, generator):
+    eps = _noise(torch.zeros(5000, dim, dtype=torch.float64), 8, generator).unflatten(1, (2, 4))
+    u, minus_u, v, minus_v = eps.unbind(2)
+    assert u.equal(-minus_u)
+    assert v.equal(-minus_v)
+    if dim > 1:
+        torch.testing.assert_close((u * v).sum(2), torch.zeros(5000, 2, dtype=torch.float64))
+    quantiles = [torch.from_numpy(scipy.stats.chi(dim).cdf(w.norm(dim=2).numpy())) for w in (u, v)]
+    torch.testing.assert_close(quantiles[0] + quantiles[1], torch.ones(5000, 2, dtype=torch.float64))
+    for point in (u, v):
+        for axis in range(dim):
+            assert scipy.stats.kstest(point[:, 0, axis].numpy(), "norm").pvalue > 1e-3
+        assert (torch.cov(point[:, 0].T).reshape(dim, dim) - torch.eye(dim, dtype=torch.float64)).abs().max() < 0.09
+    assert torch.corrcoef(torch.stack([u[:, 0, 0], u[:, 1, 0]]))[0, 1].abs() < 0.06  # groups are independent
+
+
+def test_groups_and_equal_spacing_pay(generator, monkeypatch):
+    """In 64 dimensions, where no control variate is used, against independent noise at independent points of the same strata."""
+    law = GaussianMixture(torch.randn(5, 64, generator=generator), 0.3)
+    x = law.sample(200, generator, torch.float64)
+    grouped = float((llr(law, x, 6.0, 64, generator).mean - law.llr(x, 6.0)).square().mean())
+    monkeypatch.setattr(likelihood, "_noise", lambda x, n, g, spread: unit_noise((len(x), n, *x.shape[1:]), x, g))
+    alone = float((llr(law, x, 6.0, 64, generator).mean - law.llr(x, 6.0)).square().mean())
+    assert grouped < 0.05 * alone
+
+
+def test_rows_do_not_touch_one_another_beyond_the_control_variate(generator):
+    law = GaussianMixture(torch.randn(5, 64, generator=generator), 0.3)
+    x = law.sample(4, generator)
+    other = torch.cat([x[:2], 5 * x[2:]])
+    one, two = (llr(law, rows, 3.0, 32, torch.Generator().manual_seed(1)).mean for rows in (x, other))
+    torch.testing.assert_close(one[:2], two[:2])
 
 
 def test_the_control_variate_has_mean_zero_and_pays(generator, monkeypatch):
     """On few points and one row too: it never biases, and with many rows it takes most of the variance."""
-    import contrastive_diffusion.likelihood as likelihood
-
     law = dino()
     one = law.sample(1, generator, torch.float64)
     errors = torch.cat([llr(law, one, 9.0, 64, generator).mean for _ in range(400)]) - law.llr(one, 9.0)
@@ -169,7 +248,7 @@ def test_the_control_variate_has_mean_zero_and_pays(generator, monkeypatch):
     for name in ("with", "without"):
         deviation[name] = float((llr(law, x, 9.0, 128, generator).mean - law.llr(x, 9.0)).square().mean())
         monkeypatch.setattr(likelihood, "_features", lambda *_: None)
-    assert deviation["with"] < 0.15 * deviation["without"]
+    assert deviation["with"] < 0.3 * deviation["without"]
 
 
 def test_rows_without_noise_are_exact_beside_others(generator):
@@ -213,9 +292,9 @@ def test_an_infinite_level_is_the_data_itself(generator):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda law, x: llr(law, x, 6.0, 3), "given evals = 3, expected evals >= 8"),
+        (lambda law, x: llr(law, x, 6.0, 8), "given evals = 8, expected evals >= 16"),
         (lambda law, x: llr(law, x, 6.0, 0), "given evals = 0"),
-        (lambda law, x: nll(law, x, 1), "given evals = 1, expected evals >= 4"),
+        (lambda law, x: nll(law, x, 1), "given evals = 1, expected evals >= 8"),
         (lambda law, x: llr(law, x, 31.0), r"given zeta = 31, expected log-SNR within \+-30"),
         (lambda law, x: llr(law, x, math.nan), "zeta that is NaN"),
         (lambda law, x: llr(law, x[:0], 6.0), "at least one row"),
@@ -223,7 +302,10 @@ def test_an_infinite_level_is_the_data_itself(generator):
         (lambda law, x: llr(law, x.long(), 6.0), "int64"),
         (lambda law, x: llr(law, x / 0, 6.0), "non-finite"),
         (lambda law, x: nll(law, x, 8, spectrum=torch.zeros(3)), r"expected \(2,\)"),
-        (lambda law, x: noise_posterior(law, x, torch.zeros(4), 3), "given evals = 3, expected evals >= 8"),
+        (lambda law, x: noise_posterior(law, x, torch.zeros(4)), "logsnrs that do not increase"),
+        (lambda law, x: ood_score(law, x, "entropy"), "given kind 'entropy'"),
+        (lambda law, x: credible_interval(torch.zeros(4, 3), torch.arange(3.0), 1.0), "given mass = 1.0"),
+        (lambda law, x: noise_posterior(law, x, torch.arange(4.0), 3), "given evals = 3, expected evals >= 16"),
     ],
 )
 def test_bad_input_is_one_line(call, message, generator):

@@ -91,3 +91,32 @@ def test_average_is_nan_without_a_spread():
 def test_bad_metrics_are_one_line(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(5, 2))
+
+
+def test_auroc_is_the_probability_of_a_right_order(generator):
+    """Two unit normals a distance delta apart: Phi(delta / sqrt 2)."""
+    errors = []
+    for _ in range(200):
+        score = metrics.auroc(1.0 + torch.randn(200, generator=generator), torch.randn(300, generator=generator))
+        errors.append((score.mean - 0.760249939) / score.stderr)
+    z = torch.tensor(errors)
+    assert abs(float(z.mean())) < 4 / 200**0.5
+    assert 0.8 < float(z.std()) < 1.2
+    assert metrics.auroc(torch.ones(5), torch.ones(7)).mean == 0.5
+    with pytest.raises(ValueError, match="at least 2"):
+        metrics.auroc(torch.ones(1), torch.ones(7))
+
+
+def test_calibration_error_is_zero_for_honest_answers_and_the_shift_for_others(generator):
+    said = torch.rand(20_000, generator=generator) * 0.8
+    z = []
+    for _ in range(100):
+        result = metrics.calibration(said, torch.rand(20_000, generator=generator) < said)
+        z.append((result.error.mean - result.chance) / result.error.stderr)
+    assert abs(sum(z) / 100) < 0.4
+    assert 0.8 < float(torch.tensor(z).std()) < 1.2
+    shifted = metrics.calibration(said, torch.rand(20_000, generator=generator) < said + 0.1)
+    assert shifted.error.mean == pytest.approx(0.1, abs=0.012)
+    assert int(shifted.count.sum()) == 20_000
+    with pytest.raises(ValueError, match="n >= 30"):
+        metrics.calibration(torch.ones(5), torch.ones(5))

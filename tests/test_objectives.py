@@ -9,6 +9,7 @@ from contrastive_diffusion import channel
 from contrastive_diffusion.data.mixtures import GaussianMixture
 from contrastive_diffusion.data.toys import two_modes
 from contrastive_diffusion.denoisers import Counted
+from contrastive_diffusion.likelihood import llr_points
 from contrastive_diffusion.objectives import OBJECTIVES, WEIGHTINGS, Contrastive, Denoising, Likelihood, Weighted
 from contrastive_diffusion.schedules import lognormal, uniform
 
@@ -19,6 +20,9 @@ CONSISTENT = {
     "edm": Denoising(lognormal(), "edm"),
     "likelihood": Likelihood(),
     "contrastive": CONTRASTIVE,
+    "contrastive-off": Contrastive(uniform(-3, 3), points=512, share=0.25, through="off"),
+    "contrastive-unbalanced": Contrastive(uniform(-3, 3), points=64, share=0.25, clean=0.25),
+    "contrastive-removed": Contrastive(uniform(-3, 3), points=64, share=0.25, curvature="removed"),
     "weighted": Weighted({"denoising": (1.0, Denoising()), "contrastive": (0.5, CONTRASTIVE)}),
 }
 
@@ -54,6 +58,58 @@ def test_the_exact_denoiser_is_a_minimum(objective, gaussian, generator):
     value = torch.stack(values)
     excess = (value[:, 1:] - value[:, :1]).reshape(30, 2, 2).sum(2)  # both signs together: what is left is the curvature
     assert (excess.mean(0) > 3 * excess.std(0) / math.sqrt(30)).all(), excess.mean(0)
+
+
+def test_input_perturbation_has_its_own_optimum(gaussian, generator):
+    """DDPM-IP: eps_hat(z / c, alpha - log g) / sqrt g; the data's own denoiser is not it."""
+    objective, g = Denoising(uniform(-4, 4), perturbation=0.7), 1 + 0.7**2
+
+    def optimum(z, logsnr):
+        c = (torch.sigmoid(logsnr) + g * torch.sigmoid(-logsnr)).sqrt()
+        return gaussian(z / channel.per_row(c, z), logsnr - math.log(g)) / math.sqrt(g)
+
+    for denoiser, stationary in ((optimum, True), (gaussian, False)):
+        scale = torch.ones((), requires_grad=True)
+        gradients = []
+        for _ in range(30):
+            loss = objective(lambda z, logsnr, d=denoiser: scale * d(z, logsnr), gaussian.sample(2000, generator), generator)["loss"]
+            gradients.append(torch.autograd.grad(loss, scale)[0])
+        gradient = torch.stack(gradients)
+        assert (gradient.mean().abs() <= 4 * gradient.std() / math.sqrt(30)) == stationary
+
+
+def test_off_passes_gradient_only_through_the_other_level(gaussian, generator):
+    """Clean rows learn from p_zeta's reading, noised rows from p's."""
+    x, zeta = gaussian.sample(64, generator), torch.full((64,), 1.0)
+    for label in (1.0, -1.0):
+        levels, grads = [], []
+
+        def denoiser(z, logsnr, levels=levels, grads=grads):
+            out = gaussian(z, logsnr).detach().requires_grad_()
+            levels.append(logsnr)
+            out.register_hook(grads.append)
+            return out
+
+        llr_points(denoiser, x, zeta, 8, generator, own=torch.full((64,), label)).sum().backward()
+        clean, other = grads[0].abs().sum(1).chunk(2)
+        assert (float(clean.sum()) == 0) == (label > 0)
+        assert (float(other.sum()) == 0) == (label < 0)
+
+
+def test_removing_the_curvature_takes_the_noise_out_of_the_loss(generator):
+    law = two_modes()
+    x = law.sample(4000, generator, torch.float64)
+    losses = {c: float(Contrastive(uniform(0.999, 1.0), 8, 1.0, curvature=c)(law, x, torch.Generator().manual_seed(3))["loss"]) for c in ("kept", "removed")}
+    exact = float(Contrastive(uniform(0.999, 1.0), 512, 1.0)(law, x, generator)["loss"])
+    assert abs(losses["removed"] - exact) < 0.5 * abs(losses["kept"] - exact)
+
+
+@pytest.mark.parametrize("clean", [0.1, 0.25, 0.5, 0.9])
+def test_labels_come_in_the_share_asked_for_and_never_alone(clean):
+    for rows in (2, 4, 10, 40):
+        labels = Contrastive(clean=clean)._labels(rows)
+        assert set(labels.tolist()) == {1.0, -1.0}
+        assert abs(float((labels > 0).sum()) - clean * rows) < 1
 
 
 def test_denoising_is_the_mmse(gaussian, generator):
@@ -141,8 +197,12 @@ def test_pure(gaussian, generator):
     [
         (lambda: Denoising(weighting="epps"), "did you mean eps"),
         (lambda: Denoising(sigma_data=0.0), "sigma_data > 0"),
-        (lambda: Contrastive(points=5), "an even number of points >= 4"),
+        (lambda: Contrastive(points=5), "a multiple of four"),
         (lambda: Contrastive(share=0.0), "0 < share <= 1"),
+        (lambda: Contrastive(clean=1.0), "0 < clean < 1"),
+        (lambda: Contrastive(through="on"), "given through 'on'"),
+        (lambda: Contrastive(points=4, curvature="removed"), "points >= 8"),
+        (lambda: Denoising(perturbation=-1.0), "std >= 0"),
         (lambda: Contrastive()(two_modes(), torch.zeros(1, 1)), "at least 2 rows"),
         (lambda: Weighted({}), "no terms"),
         (lambda: Likelihood(spectrum=torch.zeros(3))(two_modes(), torch.zeros(2, 1)), "spectrum"),

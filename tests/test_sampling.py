@@ -8,10 +8,10 @@ import torch
 from contrastive_diffusion import schedules, solvers
 from contrastive_diffusion.data.mixtures import GaussianMixture
 from contrastive_diffusion.data.toys import dino, two_modes
-from contrastive_diffusion.denoisers import Counted
+from contrastive_diffusion.denoisers import Counted, from_timesteps
 from contrastive_diffusion.errors import RunError
 from contrastive_diffusion.parallel import SLOPES, Parallel
-from contrastive_diffusion.sampling import MASK, START, Sequential, normal, philox
+from contrastive_diffusion.sampling import MASK, START, Sequential, in_batches, normal, philox
 
 STEPS = {
     "ddpm-posterior": solvers.ddpm(),
@@ -59,7 +59,7 @@ def test_noise_is_a_function_of_seed_sample_and_step_only():
     assert not normal(1, ids + 2**32, steps, (3, 2)).equal(whole)
 
 
-@every
+@pytest.mark.parametrize("solver", [*STEPS.values(), solvers.dpmpp(), solvers.dpmpp(stochastic=True)], ids=lambda s: s.name)
 def test_sequential_does_not_depend_on_the_batch(solver):
     whole = Sequential(solver)(dino(), GRID, (7, 2), seed=3).x
     assert Sequential(solver, max_rows=2)(dino(), GRID, (3, 2), seed=3, first=2).x.equal(whole[2:5])
@@ -137,6 +137,78 @@ def test_evals_and_rounds_are_what_happened(sampler):
 def test_heun_counts_two_rounds_a_step_and_one_at_the_last():
     drawn = Sequential(solvers.heun())(two_modes(), schedules.grid(schedules.karras(), 18), (3, 1))
     assert (drawn.evals, drawn.rounds) == (3 * 35, 35)
+
+
+@pytest.mark.parametrize(
+    "solver", [solvers.ddpm(), solvers.heun(), solvers.dpmpp(), solvers.ddpm2(), solvers.predictor_corrector()], ids=lambda s: s.name
+)
+def test_iterating_is_the_path(solver):
+    drawn = Sequential(solver)(dino(), GRID, (3, 2), seed=4, path=True)
+    states = list(Sequential(solver).iterate(dino(), GRID, (3, 2), seed=4))
+    assert drawn.path is not None
+    assert torch.stack([s.z for s in states]).equal(drawn.path[1:])
+    assert [s.number for s in states] == list(range(1, 61))
+    assert states[-1].progress == 1.0
+    assert torch.stack([s.logsnr[0] for s in states]).equal(GRID[1:])
+
+
+def test_iterating_can_be_left_and_leaks_no_mode():
+    """Stopping early costs what was done; gradients are on again between states, and off inside."""
+    counted = Counted(lambda z, a: z * float(not torch.is_grad_enabled()))
+    for state in Sequential(solvers.heun()).iterate(counted, GRID, (2, 2)):
+        assert torch.is_grad_enabled()
+        assert not state.z.requires_grad
+        if state.number == 5:
+            break
+    assert counted.rows == 2 * 10
+
+
+def test_iterating_checks_before_the_first_state():
+    with pytest.raises(ValueError, match="every size >= 1"):
+        Sequential(solvers.ddpm()).iterate(dino(), GRID, (0, 2))
+
+
+def test_batches_are_the_samples_of_one_batch():
+    whole = Sequential(solvers.ddpm())(dino(), GRID, (7, 2), seed=2)
+    parts = in_batches(Sequential(solvers.ddpm()), dino(), GRID, (7, 2), seed=2, batch=3)
+    assert parts.x.equal(whole.x)
+    assert (parts.evals, parts.rounds) == (whole.evals, 3 * whole.rounds)
+    with pytest.raises(ValueError, match="batch >= 1"):
+        in_batches(Sequential(solvers.ddpm()), dino(), GRID, (7, 2), batch=0)
+
+
+@pytest.mark.parametrize(("calls", "rows"), [(150, 6), (61, 3), (30, None)])
+def test_ctrl_c_gives_back_what_is_finished(calls, rows):
+    def interrupted(z, logsnr):
+        interrupted.count += 1
+        if interrupted.count > calls:
+            raise KeyboardInterrupt
+        return dino()(z, logsnr)
+
+    interrupted.count = 0
+    task = lambda: in_batches(Sequential(solvers.ddim()), interrupted, GRID, (9, 2), seed=2, batch=3)  # noqa: E731
+    if rows is None:
+        with pytest.raises(KeyboardInterrupt):
+            task()
+    else:
+        assert task().x.equal(Sequential(solvers.ddim())(dino(), GRID, (rows, 2), seed=2).x)
+
+
+@pytest.mark.parametrize(
+    ("solver", "grid", "message"),
+    [
+        (solvers.heun(), schedules.grid(schedules.karras(0.02, 80.0), 10), "between its timesteps"),
+        (solvers.edm(churn=5.0), schedules.spaced(schedules.ddpm(), 10), "a solver that reads the grid's levels only"),
+        (solvers.adaptive(), schedules.spaced(schedules.ddpm(), 10), "a solver that reads the grid's levels only"),
+    ],
+)
+def test_a_timestep_network_without_interpolation_is_read_at_its_timesteps_only(solver, grid, message):
+    net = lambda z, t: torch.zeros_like(z)  # noqa: E731
+    rounded, smooth = (from_timesteps(net, schedules.ddpm(), rounded=r) for r in (True, False))
+    with pytest.raises(ValueError, match=message):
+        Sequential(solver)(rounded, grid, (2, 2))
+    Sequential(solver)(smooth, grid, (2, 2))
+    Sequential(solvers.heun())(rounded, schedules.spaced(schedules.ddpm(), 10), (2, 2))
 
 
 def test_watching_is_not_timed():

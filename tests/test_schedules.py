@@ -124,3 +124,55 @@ def test_plateau_covers_the_line(generator):
 def test_bad_schedules_are_one_line(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50, 1000])
+@pytest.mark.parametrize("name", schedules.GRIDS)
+def test_grids_by_name_rise_from_noise_to_the_clean_end(name, steps):
+    grid = schedules.named_grid(name, steps)
+    assert grid.dtype == torch.float64
+    assert len(grid) == steps + 1
+    assert bool((grid.diff() > 0).all())
+    assert float(grid[-1]) == math.inf
+    assert float(grid[0]) < (-8 if name != "leading" else 10)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "timesteps"),
+    [("leading", [0, 142, 284, 426, 568, 710, 852]), ("trailing", [142, 285, 428, 570, 713, 856, 999]), ("linspace", [0, 166, 333, 500, 666, 832, 999])],
+)  # fmt: skip
+def test_spacings_are_those_of_the_field(spacing, timesteps):
+    """Seven steps of a thousand; the step from each goes to the next of them, the last to the clean end."""
+    table = schedules.ddpm()
+    grid = schedules.spaced(table, 7, spacing)
+    assert grid[:-1].flip(0).equal(table.logsnrs[timesteps])
+    if spacing == "leading":
+        assert schedules.spaced(table, 7, spacing, offset=1)[:-1].flip(0).equal(table.logsnrs[[t + 1 for t in timesteps]])
+
+
+def test_grids_take_options_and_lists():
+    assert schedules.named_grid("karras:rho=5,sigma_max=20", 9).equal(schedules.grid(schedules.karras(sigma_max=20.0, rho=5.0), 9))
+    assert schedules.named_grid("-8,-2.5,0,4").tolist() == [-8.0, -2.5, 0.0, 4.0, math.inf]
+    assert schedules.named_grid("-8,inf", 1).tolist() == [-8.0, math.inf]
+
+
+@pytest.mark.parametrize(
+    ("spec", "steps", "message"),
+    [
+        ("karas", 5, "did you mean karras"),
+        ("karras:rh=3", 5, "did you mean rho"),
+        ("karras:rho=0", 5, "rho > 0"),
+        ("karras", None, "a number of steps"),
+        ("ddpm", 0, "steps >= 1"),
+        ("leading", 0, "1 to 1000"),
+        ("trailing", 1001, "1 to 1000"),
+        ("leading:offset=200", 7, "choose a smaller offset"),
+        ("3,1,0", None, "increasing log-SNRs"),
+        ("-3,one", None, "log-SNRs separated by commas"),
+        ("-3,0,3", 5, "given a grid of 3 steps, expected 5 steps"),
+        ("uniform:low=3,high=1", 5, "low < high"),
+    ],
+)
+def test_bad_grids_are_one_line(spec, steps, message):
+    with pytest.raises(ValueError, match=message):
+        schedules.named_grid(spec, steps)

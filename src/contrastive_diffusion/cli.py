@@ -5,7 +5,8 @@ Only the command that is asked for is imported, so ``cdl --help`` needs no torch
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
@@ -32,10 +33,16 @@ class Sample:
     """Where to write the array (n, *S)."""
     n: int = 2000
     """Number of samples."""
-    solver: Literal["ddpm", "ddim", "euler", "heun"] = "ddpm"
-    """Step map; ddpm and ddim use the DDPM grid, euler and heun EDM's."""
-    steps: int = 1000
-    """Steps of the grid."""
+    solver: str = "ddpm"
+    """Step map, with options if wanted: heun, ddim:eta=0.5, edm:churn=40,s_noise=1.007; see cdl list solvers."""
+    steps: int | None = None
+    """Steps of the grid; 1000 for ddpm and the like, 100 for deterministic and higher-order solvers."""
+    evals: int | None = None
+    """Denoiser evaluations per sample, instead of --steps: the most steps that they pay for."""
+    grid: str | None = None
+    """Noise levels: karras, uniform:low=-8,high=10, leading, ... (cdl list grids), or log-SNRs "-8,-2,0,4"; the solver's usual one by default."""
+    batch: int = 1000
+    """Samples drawn at a time; ctrl-C keeps the batches that are finished."""
     parallel: bool = False
     """All steps at once (Picard iteration) instead of one after another."""
     window: int | None = None
@@ -109,6 +116,9 @@ class Report:
 @dataclass(frozen=True)
 class List:
     """List experiments, recipes, toys and what else can be named."""
+
+    what: Annotated[Literal["all", "solvers", "grids"], "positional"] = "all"
+    """solvers: what each can do; grids: their options."""
 
 
 @dataclass(frozen=True)
@@ -283,20 +293,48 @@ def _run_options(args: list[str]) -> Parsed:
     return Parsed(config, args, f"run {name}", recipe(config, chosen, f"{name}-"))
 
 
-def _act_list(_: List) -> None:
+def _act_list(options: List) -> None:
     from importlib.resources import files
 
     from contrastive_diffusion.data.toys import TOYS
     from contrastive_diffusion.experiments import summaries
     from contrastive_diffusion.parallel import SLOPES
+    from contrastive_diffusion.schedules import GRIDS
     from contrastive_diffusion.solvers import SOLVERS
 
-    print("experiments (cdl run NAME [RECIPE])")
-    for name, summary in summaries().items():
-        print(f"  {name:<12} {summary}")
-    recipes = sorted(f.name.removesuffix(".yaml") for f in (files("contrastive_diffusion") / "recipes").iterdir() if f.name.endswith(".yaml"))
-    for title, names in {"recipes": recipes, "toys": TOYS, "solvers": SOLVERS, "slopes": SLOPES}.items():
-        print(f"{title}\n  {', '.join(names)}")
+    if options.what == "all":
+        print("experiments (cdl run NAME [RECIPE])")
+        for name, summary in summaries().items():
+            print(f"  {name:<12} {summary}")
+        recipes = sorted(f.name.removesuffix(".yaml") for f in (files("contrastive_diffusion") / "recipes").iterdir() if f.name.endswith(".yaml"))
+        for title, names in {"recipes": recipes, "toys": TOYS, "slopes": SLOPES}.items():
+            print(f"{title}\n  {', '.join(names)}")
+    if options.what in ("all", "solvers"):
+        _list_solvers(SOLVERS)
+    if options.what in ("all", "grids"):
+        print("grids (--grid NAME or NAME:option=value)")
+        for name, make in GRIDS.items():
+            print(f"  {name:<15} {_options_of(make, skip='steps')}")
+
+
+def _list_solvers(known: "dict[str, Callable[..., Any]]") -> None:
+    from contrastive_diffusion.solvers import natural_grid
+
+    print("solvers (--solver NAME or NAME:option=value)")
+    print(f"  {'':<15} {'order':>5}  {'evals a step':>12}  {'draws noise':<11}  {'parallel':<8}  {'grid':<8} options")
+    for name, make in known.items():
+        solver = make()
+        print(
+            f"  {name:<15} {solver.order:>5}  {solver.evals:>12}  {'yes' if solver.noisy else 'no':<11}  {'no' if solver.alone else 'yes':<8}  "
+            f"{natural_grid(solver):<8} {_options_of(make)}"
+        )
+
+
+def _options_of(make: Callable[..., Any], skip: str = "") -> str:
+    """ "option=default, ..." of a registered function."""
+    import inspect
+
+    return ", ".join(f"{key}={p.default}" for key, p in inspect.signature(make).parameters.items() if key != skip)
 
 
 def _act_train(config: Any) -> None:
@@ -345,32 +383,56 @@ def _act_sample(options: Sample) -> None:
     from contrastive_diffusion.files import write_atomic
     from contrastive_diffusion.parallel import Parallel
     from contrastive_diffusion.runs import named_denoiser
-    from contrastive_diffusion.sampling import Sequential
-    from contrastive_diffusion.schedules import ddpm, grid, karras
-    from contrastive_diffusion.solvers import SOLVERS
+    from contrastive_diffusion.sampling import Sequential, in_batches
+    from contrastive_diffusion.solvers import solver as named_solver
 
     require(options.n >= 1, f"--n {options.n}", "at least 1")
+    solver = named_solver(options.solver)
+    levels = _levels(options, solver)
     denoiser, shape = named_denoiser(options.source, options.label)
     if hasattr(denoiser, "to"):
         denoiser = denoiser.to(options.device)  # pyright: ignore
-    solver = SOLVERS[options.solver]()
     sampler = Parallel(solver, "picard", options.window, options.tolerance) if options.parallel else Sequential(solver)
-    levels = grid(ddpm() if options.solver in ("ddpm", "ddim") else karras(), options.steps)
-    with _bar(options) as bar:
-        drawn = sampler(denoiser, levels, (options.n, *shape), options.seed, device=options.device, watch=lambda seen: bar.update(seen.begin - bar.n))
-        bar.update(options.steps - bar.n)
-    buffer = io.BytesIO()
+    with _bar(options, len(levels) - 1) as watch:
+        drawn = in_batches(sampler, denoiser, levels, (options.n, *shape), options.seed, batch=options.batch, device=options.device, watch=watch)
+    buffer, n = io.BytesIO(), len(drawn.x)
     np.save(buffer, drawn.x.cpu().numpy())
     write_atomic(Path(options.out), buffer.getvalue())
     print(
-        f"{options.n} samples in {options.out}: {drawn.evals:,} evaluations ({drawn.evals / options.n:,.0f} a sample), {drawn.rounds} rounds, {drawn.seconds:.2f} s"
+        f"{n} samples in {options.out}: {drawn.evals:,} evaluations ({drawn.evals / n:,.0f} a sample), {drawn.rounds} rounds, {drawn.seconds:.2f} s"
     )
+    if n < options.n:
+        print(f"interrupted: {n} of {options.n} samples were finished")
+        raise KeyboardInterrupt
 
 
-def _bar(options: Sample) -> Any:
+def _levels(options: Sample, solver: Any) -> "Tensor":
+    """The grid that --steps or --evals and --grid ask for."""
+    from contrastive_diffusion.schedules import named_grid
+    from contrastive_diffusion.solvers import natural_grid, natural_steps, steps_for
+
+    require(options.steps is None or options.evals is None, "--steps and --evals", "one of the two")
+    steps = steps_for(solver, options.evals) if options.evals is not None else options.steps
+    grid = options.grid or natural_grid(solver)
+    listed = not grid[:1].isalpha()
+    return named_grid(grid, steps if steps is not None or listed else natural_steps(solver))
+
+
+@contextmanager
+def _bar(options: Sample, steps: int) -> "Iterator[Callable[[Any], None]]":
+    """A progress bar over all batches, as what a sampler calls after each round."""
     from tqdm import tqdm
 
-    return tqdm(total=options.steps, desc="sample", unit="step", leave=False)
+    batches = -(-options.n // max(options.batch, 1))
+    with tqdm(total=steps * batches, desc="sample", unit="step", leave=False) as bar:
+        seen = {"batch": 0}
+
+        def watch(found: Any) -> None:
+            seen["batch"] += found.number == 1
+            place = (seen["batch"] - 1) * steps + min(found.begin, steps)
+            bar.update(max(place - bar.n, 0))
+
+        yield watch
 
 
 def _act_estimate(options: EstimateCommand) -> None:
@@ -436,7 +498,7 @@ COMMANDS: dict[str, Command] = {
     "sample": Command("Draw samples, in sequence or in parallel.", _simple(Sample, "sample"), _act_sample),
     "estimate": Command("Estimate likelihood ratios, likelihoods or noise levels.", _simple(EstimateCommand, "estimate"), _act_estimate),
     "report": Command("Write the HTML page of a run again.", _simple(Report, "report"), _act_report),
-    "list": Command("List experiments, recipes, toys, solvers.", _simple(List, "list"), _act_list),
+    "list": Command("List experiments, recipes, toys, solvers, grids.", _simple(List, "list"), _act_list),
 }
 
 

@@ -47,6 +47,37 @@ def finest_of(denoiser: Denoiser) -> float:
     return float(getattr(denoiser, "finest", FINEST))
 
 
+def ranged(denoiser: Denoiser, z: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+    """eps_hat and the share v in [-1, 1] of a learned variance, both like z, from a denoiser that carries ``ranged(z, logsnr)``."""
+    found = getattr(denoiser, "ranged", None)
+    require(found is not None, "a denoiser without a learned variance", "one that carries ranged(z, logsnr)", "from_timesteps(..., learned=True)")
+    assert found is not None
+    return found(z, logsnr)
+
+
+class Like:
+    """A function as a denoiser that keeps what samplers and estimates read off the one it was made from. See ``like``."""
+
+    def __init__(self, denoiser: Denoiser, function: Callable[[Tensor, Tensor], Tensor], change: Callable[[Tensor, Tensor, Tensor], Tensor] | None):
+        self.denoiser, self.function, self.change = denoiser, function, change
+        self.finest, self.levels = finest_of(denoiser), getattr(denoiser, "levels", None)
+
+    def __call__(self, z: Tensor, logsnr: Tensor) -> Tensor:
+        return self.function(z, logsnr)
+
+    def ranged(self, z: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+        eps_hat, v = ranged(self.denoiser, z, logsnr)
+        return (self.function(z, logsnr) if self.change is None else self.change(z, logsnr, eps_hat)), v
+
+
+def like(denoiser: Denoiser, function: Callable[[Tensor, Tensor], Tensor], change: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Like:
+    """``function`` as a denoiser with the ``finest``, ``levels`` and learned variance of ``denoiser``.
+
+    ``change(z, logsnr, eps_hat)``: the function's value where the denoiser's is known already, which saves an evaluation.
+    """
+    return Like(denoiser, function, change)
+
+
 def evaluate(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int = 16384) -> Tensor:
     """``denoiser(z, logsnr)`` in calls of at most ``max_rows`` rows (4k to 16k is fastest on a CPU), with the contract checked."""
     logsnr = logsnr.to(z.dtype)
@@ -147,20 +178,37 @@ def to_edm(denoiser: Denoiser) -> Callable[[Tensor, Tensor], Tensor]:
 class FromTimesteps(torch.nn.Module):
     """The denoiser of a network indexed by timestep; see ``from_timesteps``."""
 
-    def __init__(self, net: Callable[..., Any], table: Table, predicts: Prediction, rounded: bool):
+    def __init__(self, net: Callable[..., Any], table: Table, predicts: Prediction, rounded: bool, learned: bool):
         super().__init__()
-        self.net, self.table, self.predicts, self.rounded = net, table, predicts, rounded
+        self.net, self.table, self.predicts, self.rounded, self.learned = net, table, predicts, rounded, learned
+        self.levels = table.logsnrs if rounded else None
         self.low, self.high = float(table.logsnrs[-1]), float(table.logsnrs[0])
         self.finest = self.high
         self._warned = False
 
     def forward(self, z: Tensor, logsnr: Tensor) -> Tensor:
+        return TO_EPS[self.predicts](z, logsnr, self._output(z, logsnr)[:, : z.shape[1]])
+
+    def ranged(self, z: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+        """eps_hat and the share v of the learned variance, of a network with ``learned``."""
+        require(self.learned, "a timestep network without a learned variance", "one that returns it", "from_timesteps(..., learned=True)")
+        out, v = self._output(z, logsnr).split(z.shape[1], 1)
+        return TO_EPS[self.predicts](z, logsnr, out), v
+
+    def _output(self, z: Tensor, logsnr: Tensor) -> Tensor:
         self._warn(logsnr)
         t = self.table.inverse(logsnr)
         t = t.round().long() if self.rounded else t.to(z.dtype)
         out = self.net(z, t)
         out = getattr(out, "sample", out)
-        return TO_EPS[self.predicts](z, logsnr, out)
+        wanted = (len(z), z.shape[1] * (1 + self.learned), *z.shape[2:])
+        require(
+            out.shape == wanted,
+            f"a timestep network that returns {tuple(out.shape)}",
+            f"{wanted}",
+            "learned=True is for networks of twice the channels",
+        )
+        return out
 
     def _warn(self, logsnr: Tensor) -> None:
         slack = 1e-4  # float32 rounding of the table's own ends
@@ -173,14 +221,17 @@ class FromTimesteps(torch.nn.Module):
             )
 
 
-def from_timesteps(net: Callable[..., Any], table: Table | Tensor, predicts: Prediction = "eps", rounded: bool = False) -> FromTimesteps:
+def from_timesteps(
+    net: Callable[..., Any], table: Table | Tensor, predicts: Prediction = "eps", rounded: bool = False, learned: bool = False
+) -> FromTimesteps:
     """The denoiser of ``net(z, t) -> eps | x | v`` (B, *S) trained on integer timesteps t = 0 .. T-1 of a log-SNR ``table`` (T,).
 
     Timesteps are interpolated in log-SNR, exact at the integers; ``rounded=True`` gives the nearest integer (int64). Levels outside the
-    table are clamped, with one warning. A diffusers output object is unwrapped (``.sample``).
+    table are clamped, with one warning. A diffusers output object is unwrapped (``.sample``). ``learned``: the network returns twice the
+    channels, the second half the share v of a learned variance (iDDPM, ADM), which ``solvers.ddpm("learned")`` reads.
     """
     choose(predicts, TO_EPS, "prediction")
-    return FromTimesteps(net, table if isinstance(table, Table) else Table(torch.as_tensor(table)), predicts, rounded)
+    return FromTimesteps(net, table if isinstance(table, Table) else Table(torch.as_tensor(table)), predicts, rounded, learned)
 
 
 def of_network(net: Callable[..., Any], class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Denoiser:
@@ -213,6 +264,10 @@ class Counted:
     def __call__(self, z: Tensor, logsnr: Tensor) -> Tensor:
         self.rows, self.calls = self.rows + len(z), self.calls + 1
         return self.denoiser(z, logsnr)
+
+    def ranged(self, z: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+        self.rows, self.calls = self.rows + len(z), self.calls + 1
+        return ranged(self.denoiser, z, logsnr)
 
 
 def unit_noise(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:

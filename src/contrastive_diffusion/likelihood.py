@@ -7,28 +7,35 @@ An optimal denoiser fixes the density of the data and of its noised versions (Ko
 
 with :math:`(\beta, b)` of ``channel.compose(alpha, zeta)`` and the same c for every :math:`\zeta`. Their differences are likelihood
 ratios; the paper's Eq. 8 lacks the 1/2. Both terms of a ratio are read at the SAME :math:`(\alpha,\epsilon)`, which removes most of the
-variance. The integral runs over the whole line: points follow a plateau with exponential tails, one per stratum, so nothing is
-truncated and the estimate is unbiased for any denoiser whose error settles in the tails (networks: see ``denoisers.Bounded``).
-Where the plateau lies decides the variance only: from below the coarser to above the finer of the two scales at which the integrand
-changes, :math:`\zeta` and the data's finest detail.
+variance. The integral runs over the whole line: points follow a plateau with exponential tails, so nothing is truncated and the estimate
+is unbiased for any denoiser whose error settles in the tails (networks: see ``denoisers.Bounded``). Where the plateau lies decides the
+variance only: from the coarsest scale at which the two laws differ at x to the finer of :math:`\zeta` and the data's finest detail.
 
-Two more devices, both without bias. Neighbouring strata share their noise up to its sign, so what is odd in :math:`\epsilon` cancels. What
-is left is mostly quadratic, so a control variate takes out the best combination of :math:`\epsilon_i^2-1` (mean zero), smooth in
-:math:`\alpha`; its coefficients are fitted on the even pairs of all rows and used on the odd ones, and the other way round.
+Three more devices, all without bias. The points of a row are equally spaced along the law, with one random shift, so a smooth integrand costs
+no error. Four neighbours share their noise up to rotation: two orthogonal directions, each with both signs, so what is odd in
+:math:`\epsilon` cancels; and the squared radii of the two are opposite quantiles of :math:`\chi^2_d`, so most of what is even cancels too.
+
+In up to four dimensions a control variate takes out what quadratic part is left: the best combination of :math:`\epsilon_i^2-1` (mean
+zero), smooth in :math:`\alpha`, its coefficients fitted on the even groups of all rows and used on the odd ones, and the other way round.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import comb
 
 import torch
 from torch import Tensor
 
 from contrastive_diffusion.channel import as_logsnr, compose, corrupt, per_row
 from contrastive_diffusion.denoisers import Denoiser, check_data, evaluate, finest_of, take, unit_noise
-from contrastive_diffusion.errors import require
+from contrastive_diffusion.errors import choose, require
 from contrastive_diffusion.schedules import Plateau, slope
 
-MARGIN = 3.0  # nats by which the plateau reaches beyond the scales it must cover
+MARGIN = 1.5  # nats by which the plateau reaches beyond the scales it must cover
+GROUP = 4  # neighbouring points that share their noise
+SPREAD = (0.7548776662466927, 0.5698402909980532)  # 1/g, 1/g^2 with g^3 = g + 1: the two-dimensional golden ratio (Roberts 2018)
+PILOT = 16  # points at which the plausible levels are found
+PLAUSIBLE = 6.0  # nats below the best level within which a level is looked at again
 LIMIT = 30.0  # |zeta| (nats) beyond which float32 data cannot tell the levels apart
 
 
@@ -57,29 +64,63 @@ def llr(
         denoiser: of the data p.
         x: (B, *S) clean or noised points; any x, not only likely ones.
         zeta: log-SNR of the noised law, a number or (B,), within +-30 nats.
-        evals: denoiser evaluations per row, at least 8 (two pairs of points of two evaluations each).
+        evals: denoiser evaluations per row, at least 16 (two groups of four points of two evaluations each); spent in eights.
         finest: log-SNR of the data's finest detail; ``finest_of(denoiser)`` by default. Affects the variance only.
         max_rows: rows per denoiser call; bounds memory.
 
     Raises:
         UsageError: for empty, non-finite or non-floating x, zeta out of range, evals too small.
     """
-    points = _points(evals, 2, "two pairs of points of two evaluations each")
-    zeta = _level(zeta, check_data(x))
-    finest = finest_of(denoiser) if finest is None else finest
-    low, high = zeta.clamp(max=finest)[:, None] - MARGIN, finest + MARGIN
+    points, zeta = _points(evals, 2, 2), _level(zeta, check_data(x))
     alike = bool((zeta == zeta[0]).all())  # rows of different zeta have no coefficients in common
     parts = []
     for rows in _chunks(len(x), max_rows // (2 * points)):
-        law = Plateau(low[rows], high)
-        logsnr, weight, eps, z = _draw(x[rows], law, points, generator)
-        beta, b = compose(logsnr, zeta[rows, None])
-        clean, noised = _read(denoiser, z, torch.stack([logsnr, beta]), max_rows, rows.start)
-        noised = noised * per_row(b, z)
-        # |eps - clean|^2 - |eps - noised|^2 as a product: no cancellation of squares where the two levels meet.
-        value = 0.5 * weight.to(x.dtype) * ((noised - clean) * (2 * eps - clean - noised)).flatten(2).sum(2)
-        parts.append(_controlled(value, law, logsnr, weight, eps) if alike else _pairs(value))
+        value, *drawn = _ratio(denoiser, x[rows], zeta[rows], points, generator, finest, max_rows, rows.start)
+        parts.append(_controlled(value, *drawn) if alike else _groups(value))
     return _mean(parts, 2 * points)
+
+
+def llr_points(
+    denoiser: Denoiser,
+    x: Tensor,
+    zeta: Tensor,
+    points: int,
+    generator: torch.Generator | None = None,
+    *,
+    finest: float | None = None,
+    own: Tensor | None = None,
+) -> Tensor:
+    """The weighted integrands (B, points) whose mean over a row is its ``llr``, for zeta (B,), from one denoiser call; points in fours.
+
+    ``own`` (B,): the gradient then passes only through the reading at the other level, p_zeta's where own > 0 and p's elsewhere.
+    """
+    return _ratio(denoiser, x, _level(zeta, x), points, generator, finest, 2 * points * len(x), own=own)[0]
+
+
+def _ratio(
+    denoiser: Denoiser,
+    x: Tensor,
+    zeta: Tensor,
+    points: int,
+    generator: torch.Generator | None,
+    finest: float | None,
+    max_rows: int,
+    first: int = 0,
+    own: Tensor | None = None,
+) -> tuple[Tensor, Plateau, Tensor, Tensor, Tensor]:
+    """The weighted integrands of a ratio (b, points), and the law, levels, weights and noise that they were read at."""
+    finest = finest_of(denoiser) if finest is None else finest
+    law = Plateau((torch.maximum(zeta, _scale(x)).clamp(max=finest) - MARGIN)[:, None], finest + MARGIN)
+    logsnr, weight, eps, z = _draw(x, law, points, generator)
+    beta, b = compose(logsnr, zeta[:, None])
+    clean, noised = _read(denoiser, z, torch.stack([logsnr, beta]), max_rows, first)
+    noised = noised * per_row(b, z)
+    if own is not None:
+        other = (own > 0).reshape(-1, *[1] * (z.dim() - 1))
+        clean, noised = torch.where(other, clean.detach(), clean), torch.where(other, noised, noised.detach())
+    # |eps - clean|^2 - |eps - noised|^2 as a product: no cancellation of squares where the two levels meet.
+    value = 0.5 * weight.to(x.dtype) * ((noised - clean) * (2 * eps - clean - noised)).flatten(2).sum(2)
+    return value, law, logsnr, weight, eps
 
 
 def nll(
@@ -99,17 +140,19 @@ def nll(
 
     Args:
         spectrum: :math:`\lambda`, log-eigenvalues of the data's covariance, (d,); zeros (unit variance) by default.
-        evals: denoiser evaluations per row, at least 4. Others as for ``llr``.
+        evals: denoiser evaluations per row, at least 8, spent in fours. Others as for ``llr``.
     """
-    points, dim = _points(evals, 1, "two pairs of points"), check_data(x)[0].numel()
+    points, dim = _points(evals, 1, 2), check_data(x)[0].numel()
     spectrum = torch.zeros(dim) if spectrum is None else torch.as_tensor(spectrum)
     require(spectrum.shape == (dim,), f"a spectrum of shape {tuple(spectrum.shape)}", f"({dim},), one log-eigenvalue per dimension of x")
     spectrum = spectrum.to(x.device, torch.float64)
     finest = finest_of(denoiser) if finest is None else finest
     entropy = 0.5 * (dim * torch.log(torch.tensor(2 * torch.pi * torch.e, dtype=torch.float64)) + spectrum.sum()).to(x.device)
-    law = Plateau(min(float((-spectrum).min()), finest) - MARGIN, max(float((-spectrum).max()), finest) + MARGIN)
+    coarsest = torch.minimum(_scale(x), -spectrum.exp().mean().log()).clamp(max=finest)
+    high = max(float((-spectrum).max()), finest) + MARGIN
     parts = []
     for rows in _chunks(len(x), max_rows // points):
+        law = Plateau(coarsest[rows, None] - MARGIN, high)
         logsnr, weight, eps, z = _draw(x[rows], law, points, generator)
         (eps_hat,) = _read(denoiser, z, logsnr[None], max_rows, rows.start)
         error = (eps - eps_hat).square().flatten(2).sum(2)
@@ -130,48 +173,125 @@ def noise_posterior(
     finest: float | None = None,
     max_rows: int = 16384,
 ) -> Tensor:
-    r"""Log-probabilities (B, L) that x was drawn from :math:`p_\zeta` for each of L ``logsnrs``, under equal priors.
+    r"""Log-probabilities (B, L) that x was drawn from :math:`p_\zeta` for each of L increasing ``logsnrs``, under equal priors.
 
     One set of (alpha, eps) serves all levels and only differences between levels enter, so the data itself need not have a density.
-    ``evals`` per row, at least 2 L.
+    ``evals`` per row, at least 4 L; from 64 L on a quarter of them finds the plausible levels, and the rest goes to those.
     """
     logsnrs = torch.as_tensor(logsnrs, dtype=torch.float64, device=check_data(x).device)
     require(logsnrs.dim() == 1 and len(logsnrs) >= 1, f"logsnrs of shape {tuple(logsnrs.shape)}", "(L,) with L >= 1")
+    require(bool((logsnrs.diff() > 0).all()), "logsnrs that do not increase", "increasing levels", "sort them")
     levels, count = _level(logsnrs, logsnrs[:, None]), len(logsnrs)
-    points = _points(evals, count, f"a pair of points, with one evaluation for each of the {count} levels", least=2)
-    finest = min(finest_of(denoiser) if finest is None else finest, float(levels.max()))
-    law = Plateau(min(float(levels.min()), finest) - MARGIN, finest + MARGIN)
-    parts = []
+    finest = finest_of(denoiser) if finest is None else finest
+    _points(evals, count, 1)
+    first = evals // 4 if evals // 4 >= PILOT * count else evals  # too few points would miss levels
+    posterior = _ladder(denoiser, x, levels.expand(len(x), -1), _points(first, count, 1), generator, finest, max_rows).log_softmax(1)
+    if first == evals:
+        return posterior
+    for rows, begin, width in _plausible(posterior):
+        chosen = begin[:, None] + torch.arange(width, device=x.device)
+        before = posterior[rows].gather(1, chosen)
+        points = _points(evals - first, width, 1)
+        after = _ladder(take(denoiser, rows), x[rows], levels[chosen], points, generator, finest, max_rows).log_softmax(1)
+        refined = (after + before.logsumexp(1, keepdim=True)).to(posterior.dtype)
+        posterior[rows] = posterior[rows].scatter(1, chosen, refined)
+    return posterior.log_softmax(1)
+
+
+def _ladder(denoiser: Denoiser, x: Tensor, levels: Tensor, points: int, generator: torch.Generator | None, finest: float, max_rows: int) -> Tensor:
+    """log p at each of the increasing levels (b, L) less that at the first: (b, L)."""
+    count, parts = levels.shape[1], []
+    top = levels[:, -1].clamp(max=finest)
+    low, high = torch.minimum(torch.maximum(levels[:, 0], _scale(x)), top) - MARGIN, top + MARGIN
     for rows in _chunks(len(x), max_rows // (count * points)):
-        logsnr, weight, eps, z = _draw(x[rows], law, points, generator)
-        beta, b = compose(logsnr, levels[:, None, None])  # (L, b, n)
+        law = Plateau(low[rows, None], high[rows, None])
+        logsnr, weight, eps, z = _draw(x[rows], law, points, generator, spread=True)
+        beta, b = compose(logsnr, levels[rows].T[..., None])  # (L, b, n)
         read = _read(denoiser, z, beta, max_rows, rows.start) * b.reshape(*b.shape, *[1] * (z.dim() - 2)).to(z.dtype)
-        gain = (read - read[:1]) * (2 * eps - read - read[:1])
-        parts.append((0.5 * weight.to(x.dtype) * gain.flatten(3).sum(3)).mean(2).T)
-    return torch.cat(parts).log_softmax(1)
+        gain = (read[1:] - read[:-1]) * (2 * eps - read[1:] - read[:-1])  # of each level over the one before
+        steps = (0.5 * weight.to(x.dtype) * gain.flatten(3).sum(3)).mean(2).T
+        parts.append(torch.nn.functional.pad(steps.cumsum(1), (1, 0)))
+    return torch.cat(parts)
+
+
+def _plausible(posterior: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Rows (k,), the first plausible level of each (k,), and how many to look at."""
+    count = posterior.shape[1]
+    index = torch.arange(count, device=posterior.device)
+    kept = posterior > posterior.max(1, keepdim=True).values - PLAUSIBLE
+    begin, end = torch.where(kept, index, count).min(1).values, torch.where(kept, index, -1).max(1).values + 1
+    width = (end - begin).clamp(min=min(2, count))
+    begin = torch.minimum(begin, count - width)
+    for size in width.unique().tolist():
+        rows = (width == size).nonzero().squeeze(1)
+        yield rows, begin[rows], size
+
+
+def credible_interval(posterior: Tensor, logsnrs: Tensor, mass: float = 0.9) -> tuple[Tensor, Tensor]:
+    """The equal-tailed interval (B,), (B,) of log-SNR that holds ``mass`` of a ``noise_posterior`` (B, L) at ``logsnrs`` (L,).
+
+    Each level stands for its cell of the grid (half-way to its neighbours), so the ends are continuous.
+    """
+    require(0 < mass < 1, f"mass = {mass}", "0 < mass < 1")
+    logsnrs = torch.as_tensor(logsnrs, dtype=torch.float64, device=posterior.device)
+    require(posterior.dim() == 2 and logsnrs.shape == posterior.shape[1:], f"a posterior of shape {tuple(posterior.shape)}", f"(B, {len(logsnrs)})")
+    require(len(logsnrs) >= 2, "one level", "at least two")
+    middle = 0.5 * (logsnrs[1:] + logsnrs[:-1])
+    edges = torch.cat([2 * logsnrs[:1] - middle[:1], middle, 2 * logsnrs[-1:] - middle[-1:]])
+    below = torch.nn.functional.pad(posterior.double().softmax(1).cumsum(1), (1, 0)).clamp(max=1.0)
+
+    def quantile(q: float) -> Tensor:
+        cell = ((below < q).sum(1) - 1).clamp(0, len(logsnrs) - 1)
+        left, right = below.gather(1, cell[:, None])[:, 0], below.gather(1, cell[:, None] + 1)[:, 0]
+        return edges[cell] + ((q - left) / (right - left).clamp_min(1e-300)).clamp(0, 1) * (edges[cell + 1] - edges[cell])
+
+    return quantile(0.5 - mass / 2), quantile(0.5 + mass / 2)
+
+
+def ood_score(
+    denoiser: Denoiser,
+    x: Tensor,
+    kind: str = "nll",
+    evals: int = 128,
+    generator: torch.Generator | None = None,
+    *,
+    zeta: float = 0.0,
+    finest: float | None = None,
+) -> Estimate:
+    r"""How foreign x (B, *S) is to the law of ``denoiser``, in nats: higher is more foreign.
+
+    ``kind``: "nll", :math:`-\log p(x)`; or "llr", :math:`\log p_\zeta(x)-\log p(x)`, how much better the law noised to ``zeta`` explains x: what
+    both share, such as smoothness or brightness, cancels. Needs no threshold for ranking; see ``metrics.auroc``.
+    """
+    choose(kind, ("llr", "nll"), "kind")
+    if kind == "llr":
+        return llr(denoiser, x, zeta, evals, generator, finest=finest)
+    return nll(denoiser, x, evals, generator, finest=finest)
 
 
 def mse_curve(denoiser: Denoiser, x: Tensor, logsnrs: Tensor, evals: int = 128, generator: torch.Generator | None = None) -> Estimate:
     r""":math:`E_\epsilon\|\epsilon-\hat\epsilon(z_\alpha,\alpha)\|^2` of each row at each of L ``logsnrs``: mean and stderr (B, L).
 
-    ``evals`` per row in all, at least 2 L; every level reads the same noise.
+    ``evals`` per row in all, at least 8 L; every level reads the same noise, in groups as for ``llr``.
     """
     levels = torch.as_tensor(logsnrs, dtype=torch.float64, device=check_data(x).device)
-    n = _points(evals, len(levels), f"two draws at each of {len(levels)} levels", least=2)
-    eps = unit_noise((len(x), n, *x.shape[1:]), x, generator)
+    n = _points(evals, len(levels), 2)
+    eps = _noise(x, n, generator)
     out = []
     for level in levels:
         wide = level.expand(len(x), n)
         z = corrupt(x[:, None].expand_as(eps).flatten(0, 1), wide.flatten(), eps.flatten(0, 1)).reshape(eps.shape)
         out.append((eps - _read(denoiser, z, wide[None], 16384)[0]).square().flatten(2).sum(2))
-    values = torch.stack(out, 1)  # (B, L, n)
-    return Estimate(values.mean(2), values.std(2) / n**0.5, n * len(levels))
+    groups = torch.stack(out, 1).unflatten(2, (-1, GROUP)).mean(3)  # (B, L, n / GROUP)
+    return Estimate(groups.mean(2), groups.detach().std(2) / groups.shape[2] ** 0.5, n * len(levels))
 
 
-def _points(evals: int, per_point: int, why: str, least: int = 4) -> int:
-    """The even number of points that ``evals`` pay for."""
-    require(evals >= least * per_point, f"evals = {evals}", f"evals >= {least * per_point} ({why})")
-    return evals // per_point // 2 * 2
+def _points(evals: int, per_point: int, groups: int) -> int:
+    """The points, in whole groups, that ``evals`` pay for."""
+    least = groups * GROUP * per_point
+    why = f"{groups} group{'s' * (groups > 1)} of {GROUP} points with {per_point} evaluation{'s' * (per_point > 1)} each"
+    require(evals >= least, f"evals = {evals}", f"evals >= {least} ({why})")
+    return evals // per_point // GROUP * GROUP
 
 
 def _level(zeta: Tensor | float, x: Tensor) -> Tensor:
@@ -185,15 +305,64 @@ def _chunks(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
-def _draw(x: Tensor, law: Plateau, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One point in each n-th of the law for every row: logsnr, weight (b, n) float64; eps, z (b, n, *S). Points 2j and 2j + 1 have noise of opposite sign."""
-    device = generator.device if generator is not None else x.device
-    u = torch.rand((len(x), n), generator=generator, dtype=torch.float64, device=device).to(x.device)
-    logsnr, weight = slope(law, ((torch.arange(n, device=x.device) + u) / n).clamp(1e-12, 1 - 1e-12))
-    half = unit_noise((len(x), n // 2, *x.shape[1:]), x, generator)
-    eps = torch.stack([half, -half], 2).flatten(1, 2)
+def _scale(x: Tensor) -> Tensor:
+    """The log-SNR (B,) at which x itself is as large as the noise: below it the integrand fades."""
+    return -x.double().square().flatten(1).mean(1).clamp_min(1e-12).log()
+
+
+def _draw(x: Tensor, law: Plateau, n: int, generator: torch.Generator | None, spread: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """n equally spaced points of the law with one random shift a row: logsnr, weight (b, n) float64; eps, z (b, n, *S)."""
+    shift = _uniform((len(x), 1), x, generator)
+    logsnr, weight = slope(law, ((torch.arange(n, device=x.device) + shift) / n).clamp(1e-12, 1 - 1e-12))
+    eps = _noise(x, n, generator, spread)
     z = corrupt(x[:, None].expand_as(eps).flatten(0, 1), logsnr.flatten(), eps.flatten(0, 1)).reshape(eps.shape)
     return logsnr, weight, eps, z
+
+
+def _noise(x: Tensor, n: int, generator: torch.Generator | None, spread: bool = False) -> Tensor:
+    """Unit noise (b, n, *S) in groups u, -u, v, -v with u, v orthogonal and opposite quantiles of the radius; each point is exactly N(0, I).
+
+    Groups are independent; or ``spread``: their radii, and in two dimensions their angles, are a shifted low-discrepancy sequence. That is
+    more exact, but the differences of neighbours then say little about the error.
+    """
+    dim, count = x[0].numel(), n // GROUP
+    first, second = unit_noise((2, len(x), count, dim), x, generator)
+    quantile = _uniform((len(x), count, 1), x, generator)
+    if spread:
+        steps = torch.arange(count, device=x.device)[:, None]
+        quantile = ((quantile[:, :1] + steps * SPREAD[0]) % 1).clamp(1e-12, 1 - 1e-12)
+        if dim == 2:
+            angle = torch.atan2(first[:, :1, 1:], first[:, :1, :1]).double() + 0.5 * torch.pi * (steps * SPREAD[1] % 1)
+            first = torch.cat([angle.cos(), angle.sin()], 2).to(x.dtype)
+    first = first / first.norm(dim=2, keepdim=True)
+    if dim > 1:
+        second = second - (second * first).sum(2, keepdim=True) * first
+    second = second / second.norm(dim=2, keepdim=True)
+    u, v = (axis * _radius(q, dim).to(x.dtype) for axis, q in ((first, quantile), (second, 1 - quantile)))
+    return torch.stack([u, -u, v, -v], 2).reshape(len(x), n, *x.shape[1:])
+
+
+def _uniform(shape: tuple[int, ...], x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform float64 numbers inside (0, 1) on the device of x, drawn on that of the generator."""
+    device = generator.device if generator is not None else x.device
+    return torch.rand(shape, generator=generator, dtype=torch.float64, device=device).to(x.device).clamp(1e-12, 1 - 1e-12)
+
+
+def _radius(quantile: Tensor, dim: int) -> Tensor:
+    """The norm of N(0, I_dim) at ``quantile``, float64: Newton's method on the logarithm of the nearer tail of the chi-squared law."""
+    if dim <= 2:
+        return (2 * torch.erfinv(quantile).square() if dim == 1 else -2 * torch.log1p(-quantile)).sqrt()
+    half = torch.full_like(quantile, dim / 2)
+    cube = (
+        1 - 2 / (9 * dim) + (2 / (9 * dim)) ** 0.5 * torch.special.ndtri(quantile)
+    )  # Wilson and Hilferty's start, or the power law of the lower tail
+    t = torch.where(cube > 0.3, half * cube.clamp_min(0.3) ** 3, torch.exp((quantile.log() + torch.lgamma(half + 1)) / half))
+    for _ in range(6):
+        below, above = torch.special.gammainc(half, t), torch.special.gammaincc(half, t)
+        density = torch.exp((half - 1) * t.log() - t - torch.lgamma(half))
+        lower = t * torch.exp((quantile / below).log() * below / (density * t))
+        t = torch.where(quantile < 0.5, lower, t + (above / (1 - quantile)).log() * above / density)
+    return (2 * t).sqrt()
 
 
 def _read(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int, first: int = 0) -> Tensor:
@@ -204,41 +373,40 @@ def _read(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int, first: i
     return evaluate(bound, rows, logsnr.flatten(), max_rows).reshape(len(logsnr), *z.shape)
 
 
-def _pairs(value: Tensor) -> Tensor:
-    """Means of neighbouring points, (b, n) -> (b, n / 2)."""
-    return value.unflatten(1, (-1, 2)).mean(2)
+def _groups(value: Tensor) -> Tensor:
+    """Means of groups of neighbouring points, (b, n) -> (b, n / GROUP)."""
+    return value.unflatten(1, (-1, GROUP)).mean(2)
 
 
 def _controlled(value: Tensor, law: Plateau, logsnr: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
-    """Pair means (b, n / 2) of weighted integrands (b, n), less the control variate (a constant to the gradient, which it would make noisier)."""
-    pairs = _pairs(value)
+    """Group means (b, n / GROUP) of weighted integrands (b, n), less the control variate (a constant to the gradient, which it would make noisier)."""
+    groups = _groups(value)
     features = _features(law, logsnr, weight, eps)
     if features is None:
-        return pairs
-    even = torch.arange(pairs.shape[1], device=pairs.device) % 2 == 0
-    out = torch.empty_like(pairs)
+        return groups
+    even = torch.arange(groups.shape[1], device=groups.device) % 2 == 0
+    out = torch.empty_like(groups)
     for fitted, used in ((even, ~even), (~even, even)):
-        coefficients = _fit(features[:, fitted], pairs[:, fitted].detach().double())
-        out[:, used] = pairs[:, used] - (features[:, used] @ coefficients[..., None]).squeeze(2).to(pairs.dtype)
+        coefficients = _fit(features[:, fitted], groups[:, fitted].detach().double())
+        out[:, used] = groups[:, used] - (features[:, used] @ coefficients[..., None]).squeeze(2).to(groups.dtype)
     return out
 
 
 def _features(law: Plateau, logsnr: Tensor, weight: Tensor, eps: Tensor) -> Tensor | None:
-    """weight * bump_j(logsnr) * (eps_i^2 - 1), averaged over pairs: (b, n / 2, P) float64, mean zero; None with too little to fit them on.
+    """weight * bump_j(logsnr) * (eps_i^2 - 1), averaged over groups: (b, n / GROUP, P) float64, mean zero; None where they would do harm.
 
-    The bumps are smooth, cover the plateau and vanish beyond it, where weights grow; in more than four dimensions the squares are averaged over i.
+    The bumps are smooth, cover the plateau and vanish beyond it, where weights grow. In more dimensions the groups cancel enough.
     """
     squares = eps.double().square().flatten(2) - 1
-    squares = squares if squares.shape[2] <= 4 else squares.mean(2, keepdim=True)
     rows, n, axes = squares.shape
-    bumps = min(5, rows * (n // 4 - 1) // (24 * axes))  # 24 differences for each coefficient: fewer do harm
-    if bumps < 1:
+    bumps = min(5, rows * (n // (2 * GROUP) - 2) // (24 * axes))  # 24 differences for each coefficient: fewer do harm
+    if bumps < 1 or axes > 4:
         return None
     position = (logsnr - law.low) / (law.high - law.low)
     inside = position.clamp(0, 1)
     distance = (inside[..., None] * max(bumps - 1, 1) - torch.arange(bumps, dtype=torch.float64, device=eps.device)).abs()
     bump = (_taper(distance) if bumps > 1 else torch.ones_like(distance)) * _taper(4 * (position - inside).abs())[..., None]
-    return (bump[..., None, :] * squares[..., None] * weight[..., None, None]).flatten(2).unflatten(1, (-1, 2)).mean(2)
+    return (bump[..., None, :] * squares[..., None] * weight[..., None, None]).flatten(2).unflatten(1, (-1, GROUP)).mean(2)
 
 
 def _taper(distance: Tensor) -> Tensor:
@@ -246,12 +414,12 @@ def _taper(distance: Tensor) -> Tensor:
     return 0.5 * (1 + torch.cos(torch.pi * distance.clamp(max=1)))
 
 
-def _fit(features: Tensor, pairs: Tensor) -> Tensor:
-    """Coefficients (b, P) of pairs (b, m) on features (b, m, P): least squares over all rows at unit noise, times a gain in [0, 1] for each row.
+def _fit(features: Tensor, groups: Tensor) -> Tensor:
+    """Coefficients (b, P) of groups (b, m) on features (b, m, P): least squares over all rows at unit noise, times a gain in [0, 1] for each row.
 
-    By differences of neighbours, which do not see the trend. The gain leaves alone the rows that the others do not resemble.
+    By second differences of neighbours, which do not see the trend. The gain leaves alone the rows that the others do not resemble.
     """
-    target, design = pairs.diff(dim=1), features.diff(dim=1)
+    target, design = groups.diff(n=2, dim=1), features.diff(n=2, dim=1)
     scale = target.square().mean(1, keepdim=True).sqrt()
     scale = torch.where(scale > 0, scale, torch.inf)  # a row without noise has nothing to fit
     whitened, unit = (target / scale).flatten(), (design / scale[..., None]).flatten(0, 1)
@@ -265,12 +433,12 @@ def _fit(features: Tensor, pairs: Tensor) -> Tensor:
 
 
 def _mean(parts: list[Tensor], evals: int) -> Estimate:
-    """Mean over pairs and its standard error, from differences of neighbouring pairs: first ones, or second ones where there are enough.
+    """Mean over groups and its standard error, from differences of neighbouring groups, which do not see the trend along the law.
 
-    Differences do not see the trend across the strata, which is no error of a stratified mean.
+    The trend is no error of equally spaced points. Differences of order k of unit noise have variance (2k choose k).
     """
-    values = torch.cat(parts)
-    n = values.shape[1]
-    order, norm = (2, 6) if n >= 8 else (1, 2)  # a difference of unit noise has variance 2, a second one 6
-    squares = values.detach().diff(n=order, dim=1).square()
-    return Estimate(values.mean(1), (squares.mean(1) / (norm * n)).sqrt(), evals)
+    groups = torch.cat(parts)
+    n = groups.shape[1]
+    order = min(3, max(1, n // 2))
+    squares = groups.detach().diff(n=order, dim=1).square()
+    return Estimate(groups.mean(1), (squares.mean(1) / (comb(2 * order, order) * n)).sqrt(), evals)

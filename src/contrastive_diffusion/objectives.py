@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid, softplus
 from contrastive_diffusion.channel import corrupt
 from contrastive_diffusion.denoisers import Denoiser, check_data, evaluate, noised, unit_noise
 from contrastive_diffusion.errors import choose, require
-from contrastive_diffusion.likelihood import llr
+from contrastive_diffusion.likelihood import llr_points
 from contrastive_diffusion.schedules import Schedule, ddpm, draw, logistic, uniform
 
 ONE_CALL = 2**30  # rows; training wants the graph of one call, memory is bounded by the batch
@@ -32,10 +32,11 @@ class Objective(Protocol):
     def evals(self, batch: int) -> int: ...
 
 
-def _eps_errors(denoiser: Denoiser, x: Tensor, logsnr: Tensor, generator: torch.Generator | None) -> Tensor:
-    """|eps - eps_hat|^2 of each row (B,), summed over S."""
+def _eps_errors(denoiser: Denoiser, x: Tensor, logsnr: Tensor, generator: torch.Generator | None, perturbation: float = 0.0) -> Tensor:
+    """|eps - eps_hat|^2 of each row (B,), summed over S; the input's noise with an extra ``perturbation``."""
     eps = unit_noise(x.shape, x, generator)
-    eps_hat = evaluate(denoiser, corrupt(x, logsnr, eps), logsnr, ONE_CALL)
+    seen = eps + perturbation * unit_noise(x.shape, x, generator) if perturbation else eps
+    eps_hat = evaluate(denoiser, corrupt(x, logsnr, seen), logsnr, ONE_CALL)
     return (eps - eps_hat).square().flatten(1).sum(1)
 
 
@@ -45,13 +46,17 @@ class Denoising:
 
     ``Denoising()`` is DDPM's uniform-t eps loss (Ho et al. 2020); ``Denoising(lognormal(), "edm")`` is EDM's (Karras et al. 2022).
     ``weighting``: "eps" (1), "x" and "v" (the MSE of x or v), "edm" (:math:`1+\sigma^2/\sigma_{data}^2`, unit initial loss).
+    ``perturbation``: std :math:`\gamma` of extra noise on the input, none on the target (DDPM-IP, Ning et al. 2023). The optimum is then no
+    longer :math:`E[\epsilon|z]` but, with :math:`g=1+\gamma^2`, :math:`\hat\epsilon(z/c,\alpha-\log g)/\sqrt g`, :math:`c^2=\sigma(\alpha)+g\sigma(-\alpha)`.
     """
 
     law: Schedule = field(default_factory=ddpm)
     weighting: str = "eps"
     sigma_data: float = 1.0
+    perturbation: float = 0.0
 
     def __post_init__(self):
+        require(self.perturbation >= 0, f"perturbation = {self.perturbation}", "a std >= 0")
         choose(self.weighting, WEIGHTINGS, "weighting")
         require(self.sigma_data > 0, f"sigma_data = {self.sigma_data}", "sigma_data > 0")
 
@@ -59,7 +64,8 @@ class Denoising:
         logsnr, _ = draw(self.law, len(check_data(x)), generator)
         logsnr = logsnr.to(x.device)
         weight = WEIGHTINGS[self.weighting](logsnr, self.sigma_data).to(x.dtype)
-        return {"loss": (weight * _eps_errors(denoiser, x, logsnr, generator)).mean() / x[0].numel()}
+        errors = _eps_errors(denoiser, x, logsnr, generator, self.perturbation)
+        return {"loss": (weight * errors).mean() / x[0].numel()}
 
     def evals(self, batch: int) -> int:
         return batch
@@ -95,35 +101,70 @@ class Likelihood:
 class Contrastive:
     r"""CDL: mean of :math:`\mathrm{softplus}(y\,\widehat{LLR}_\zeta(x))`, in nats; y = +1 for data, -1 for draws of :math:`p_\zeta` (Eq. 7).
 
+    A mean over rows, so its weight does not depend on the batch; a ratio is in nats whatever the dimension. Where the numbers below
+    come from: benchmarks/contrastive_step.py and docs/findings.md.
+
     Args:
         zeta: law of the contrasted level. It should cover the sampler's own range: [6, 15] as in the paper trains levels that no sampler visits.
-        points: (alpha, eps) points per row and ratio; each costs two evaluations.
-        share: share of the batch's rows that are contrasted (at least two: one of each label), labels balanced.
+        points: (alpha, eps) points per row and ratio, a multiple of four; each costs two evaluations.
+        share: share of the batch's rows that are contrasted, at least two.
+        clean: share of the contrasted rows with label +1, in (0, 1). Balanced labels make the ratio the logit of the classifier; others shift it
+            by log(clean / (1 - clean)), which is accounted for.
+        through: "both" readings of a ratio carry gradient; or "off", only the one at a level other than the row's own (the other is what plain
+            training does). The optimum is the same for exact ratios only: the noise of a ratio biases it, and it may diverge.
+        curvature: "kept", softplus of the noisy ratio, which is too large by half its variance times softplus''; or "removed" to first order, by
+            the variance of the row's own points, without gradient. Removing it takes away a penalty on noisy ratios.
         finest: log-SNR up to which the ratio's integral is resolved; ``finest_of(denoiser)`` by default.
     """
 
     zeta: Schedule = field(default_factory=lambda: uniform(-4.0, 10.0))
     points: int = 8
     share: float = 1 / 16
+    clean: float = 0.5
+    through: str = "both"
+    curvature: str = "kept"
     finest: float | None = None
 
     def __post_init__(self):
-        require(self.points >= 4 and self.points % 2 == 0, f"points = {self.points}", "an even number of points >= 4")
+        require(self.points >= 4 and self.points % 4 == 0, f"points = {self.points}", "a multiple of four")
         require(0 < self.share <= 1, f"share = {self.share}", "0 < share <= 1")
+        require(0 < self.clean < 1, f"clean = {self.clean}", "0 < clean < 1")
+        choose(self.through, ("both", "off"), "through")
+        choose(self.curvature, ("kept", "removed"), "curvature")
+        require(
+            self.curvature == "kept" or self.points >= 8, f"points = {self.points} with curvature removed", "points >= 8, two groups for a variance"
+        )
 
     def __call__(self, denoiser: Denoiser, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         rows = self._rows(len(check_data(x)))
         require(len(x) >= 2, f"a batch of {len(x)}", "at least 2 rows, one of each label")
         zeta, _ = draw(self.zeta, rows, generator)
-        label = 1.0 - 2.0 * (torch.arange(rows) % 2).to(x.dtype)  # the draw is in random order: levels and labels are independent
-        zeta, label = zeta.to(x.device), label.to(x.device)
+        label = self._labels(rows).to(x)  # the draw of zeta is in random order: levels and labels are independent
+        zeta = zeta.to(x.device)
         chosen = torch.where((label > 0).reshape(-1, *[1] * (x.dim() - 1)), x[:rows], noised(x[:rows], zeta, generator))
-        ratio = llr(denoiser, chosen, zeta, 2 * self.points, generator, finest=self.finest, max_rows=ONE_CALL).mean
-        loss = softplus(label * ratio).mean()
-        return {"loss": loss, "accuracy": (label * ratio < 0).to(x.dtype).mean().detach()}
+        own = label if self.through == "off" else None
+        values = llr_points(denoiser, chosen, zeta, self.points, generator, finest=self.finest, own=own)
+        logit = label * (values.mean(1) - math.log(self.clean / (1 - self.clean)))
+        loss = softplus(logit) - self._curvature(values, logit)
+        return {"loss": loss.mean(), "accuracy": (logit < 0).to(x.dtype).mean().detach()}
 
     def _rows(self, batch: int) -> int:
         return min(batch, max(2, 2 * round(batch * self.share / 2)))
+
+    def _labels(self, rows: int) -> Tensor:
+        """+1 or -1 in turn, in the shares asked for, at least one of each."""
+        counts = (torch.arange(rows + 1, dtype=torch.float64) * self.clean - 1e-9).ceil()
+        wanted = counts.diff() > 0
+        wanted[-1] &= not bool(wanted.all())
+        return 2.0 * wanted - 1.0
+
+    def _curvature(self, values: Tensor, logit: Tensor) -> Tensor | float:
+        """Half the variance of each row's ratio times the second derivative of softplus, without gradient through the variance."""
+        if self.curvature == "kept":
+            return 0.0
+        groups = values.detach().unflatten(1, (-1, 4)).mean(2)
+        variance = groups.diff(dim=1).square().mean(1) / (2 * groups.shape[1])
+        return 0.5 * variance * torch.sigmoid(logit) * torch.sigmoid(-logit)
 
     def evals(self, batch: int) -> int:
         return self._rows(batch) * 2 * self.points

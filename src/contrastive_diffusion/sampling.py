@@ -7,15 +7,17 @@ the same. What this does not promise: bits of a network that is not itself batch
 
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from contrastive_diffusion.denoisers import Counted, Denoiser, evaluate
+from contrastive_diffusion.denoisers import Counted, Denoiser, evaluate, ranged
 from contrastive_diffusion.errors import RunError, require
-from contrastive_diffusion.solvers import Solver, StepMap
+from contrastive_diffusion.solvers import Adaptive, Solver, StepMap
 
 START = -1  # the step index of the initial state
 MASK = 0xFFFFFFFF
@@ -70,6 +72,22 @@ class Round:
 Watch = Callable[[Round], object]
 
 
+class Reader:
+    """A denoiser as a step map reads it: checked, in calls of at most ``max_rows``, and counted. ``reads``: batches that had to wait for one another."""
+
+    def __init__(self, denoiser: Denoiser, max_rows: int):
+        self.counted, self.max_rows, self.reads = Counted(denoiser), max_rows, 0
+
+    def __call__(self, z: Tensor, logsnr: Tensor) -> Tensor:
+        self.reads += 1
+        return evaluate(self.counted, z, logsnr, self.max_rows)
+
+    def ranged(self, z: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+        self.reads += 1
+        parts = [ranged(self.counted, zs, ls) for zs, ls in zip(z.split(self.max_rows), logsnr.split(self.max_rows), strict=True)]
+        return torch.cat([eps_hat for eps_hat, _ in parts]), torch.cat([v for _, v in parts])
+
+
 @dataclass(frozen=True)
 class Draw:
     """One sampling task with everything checked: the step map, the initial state (B, *S), the noise of any steps, the clock."""
@@ -77,8 +95,10 @@ class Draw:
     step: StepMap
     counted: Counted
     start: Tensor
-    noise: Callable[[int, int], Tensor]  # steps begin .. end -> (end - begin, B, *S)
+    noise: Callable[[int, int], Tensor]  # steps begin .. end -> (end - begin, B, *S), or (., B, draws, *S) where a step draws more than one
     clock: "Clock"
+    reader: Reader
+    rows: Callable[[Tensor, int], Tensor]  # rows (n,) of the batch, a step -> their noise at it (n, *S)
 
 
 def prepare(
@@ -88,15 +108,55 @@ def prepare(
     batch, item = next(iter(shape), 0), tuple(shape[1:])
     require(item and min(batch, *item) >= 1, f"shape {tuple(shape)}", "(B, *S) with every size >= 1")
     require(seed >= 0 and first >= 0, f"seed {seed}, first {first}", "both >= 0")
-    counted = Counted(denoiser)
-    ids = torch.arange(first, first + batch, device=device)
+    _check_levels(solver, denoiser, grid)
+    reader, ids = Reader(denoiser, max_rows), torch.arange(first, first + batch, device=device)
+    each = item if solver.draws == 1 else (solver.draws, *item)
 
     def noise(begin: int, end: int) -> Tensor:
         steps = torch.arange(begin, end, device=device).repeat_interleave(batch)
-        return normal(seed, ids.repeat(end - begin), steps, item, dtype).reshape(end - begin, batch, *item)
+        return normal(seed, ids.repeat(end - begin), steps, each, dtype).reshape(end - begin, batch, *each)
 
-    step = StepMap(solver, lambda z, logsnr: evaluate(counted, z, logsnr, max_rows), grid, device)
-    return Draw(step, counted, noise(START, START + 1)[0], noise, Clock())
+    def of_rows(rows: Tensor, step: int) -> Tensor:
+        return normal(seed, ids[rows], torch.full_like(rows, step), item, dtype)
+
+    start = of_rows(torch.arange(batch, device=device), START)
+    return Draw(StepMap(solver, reader, grid, device), reader.counted, start, noise, Clock(), reader, of_rows)
+
+
+def _check_levels(solver: Solver, denoiser: Denoiser, grid: Tensor) -> None:
+    """A denoiser that knows only some ``levels`` (a timestep network without interpolation) is read at these only."""
+    levels = getattr(denoiser, "levels", None)
+    if levels is None:
+        return
+    known, wanted = levels.double().cpu().sort().values, grid[grid.isfinite()].double().cpu()
+    near = known[torch.searchsorted(known, wanted).clamp(max=len(known) - 1)], known[(torch.searchsorted(known, wanted) - 1).clamp(min=0)]
+    off = torch.minimum(*((wanted - v).abs() for v in near)) > 1e-6
+    todo = "use from_timesteps(..., rounded=False), or a grid of its timesteps (leading, trailing, linspace)"
+    require(
+        not bool(off.any()),
+        f"a timestep network without interpolation and log-SNR {float(wanted[off][:1].sum()):.4f} between its timesteps",
+        "a level of its table",
+        todo,
+    )
+    require(
+        not getattr(solver, "between", False),
+        f"{solver.name} and a timestep network without interpolation",
+        "a solver that reads the grid's levels only",
+        todo,
+    )
+
+
+def walk(step: StepMap, z: Tensor, noise: Callable[[int], Tensor]) -> Iterator[Tensor]:
+    """The states after each step from z (B, *S), one by one; ``noise(i)`` is what step i draws."""
+    recent: deque[Tensor] = deque(maxlen=step.memory)
+    for i in range(len(step)):
+        if step.table is None:
+            z = step(z, i, noise(i))
+        else:
+            output = step.read(z, i)
+            z = step.combine(z, i, (output, *recent), noise(i))
+            recent.appendleft(output)
+        yield z
 
 
 class Clock:
@@ -126,6 +186,17 @@ def check_finite(states: Tensor, begin: int, round_number: int, first: int) -> N
 
 
 @dataclass(frozen=True)
+class State:
+    """What ``Sequential.iterate`` yields: z (B, *S) after ``number`` steps (attempts, of an adaptive solver), at ``logsnr`` (B,) nats;
+    ``progress`` in (0, 1], of the way."""
+
+    number: int
+    progress: float
+    z: Tensor
+    logsnr: Tensor
+
+
+@dataclass(frozen=True)
 class Sequential:
     """Step after step. ``max_rows``: rows per denoiser call."""
 
@@ -148,16 +219,116 @@ class Sequential:
     ) -> Samples:
         """Samples ``first`` .. ``first`` + B - 1 of ``seed``, on an increasing ``grid`` of log-SNRs (T + 1,), usually ending in +inf."""
         task = prepare(self.solver, denoiser, grid, shape, seed, first, device, dtype, self.max_rows)
-        z, steps = task.start, len(task.step)
-        states = [z]
-        block, noises = max(1, 2**20 // z.numel()), z[None]
-        for i in range(steps):
-            if i % block == 0:
-                noises = task.noise(i, min(i + block, steps)) if self.solver.noisy else z.new_zeros(1, *z.shape).expand(block, *z.shape)
-            z = task.step(z, torch.full((len(z),), i, device=z.device), noises[i % block])
+        states, last = [task.start], task.start
+        for state in _states(task):
+            last = state.z
             if path:
-                states.append(z)
-            task.clock.paused(watch, lambda z=z, i=i: Round(i + 1, i + 1, i + 1, z[None]))
-        check_finite(z[None], steps, steps, first)
-        rounds = steps * self.solver.evals - (1 if self.solver.evals > 1 and bool(grid[-1].isinf()) else 0)
-        return Samples(z, task.counted.rows, rounds, task.clock.seconds(), torch.stack(states) if path else None)
+                states.append(last)
+            task.clock.paused(watch, lambda state=state: Round(state.number, state.number, state.number, state.z[None]))
+        check_finite(last[None], len(task.step), len(task.step), first)
+        return Samples(last, task.counted.rows, task.reader.reads, task.clock.seconds(), torch.stack(states) if path else None)
+
+    def iterate(
+        self,
+        denoiser: Denoiser,
+        grid: Tensor,
+        shape: tuple[int, ...],
+        seed: int = 0,
+        *,
+        first: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Iterator[State]:
+        """The same walk, state by state, for previews and for stopping early; the last state is the sample. Arguments are checked at once."""
+        return _ungraded(_states(prepare(self.solver, denoiser, grid, shape, seed, first, device, dtype, self.max_rows)))
+
+
+def _ungraded(states: Iterator[State]) -> Iterator[State]:
+    """Without gradients, but only while a step is made: a generator must not leak its mode to the loop around it."""
+    while True:
+        with torch.no_grad():
+            state = next(states, None)
+        if state is None:
+            return
+        yield state
+
+
+def _states(task: Draw) -> Iterator[State]:
+    """The walk of a task; an adaptive solver has one of its own."""
+    step, start = task.step, task.start
+    if isinstance(step.solver, Adaptive):
+        yield from _adapted(task, step.solver)
+        return
+    noise = _blocks(task) if step.solver.noisy else lambda _: start
+    for i, z in enumerate(walk(step, start, noise)):
+        yield State(i + 1, (i + 1) / len(step), z, step.logsnr_next[i].expand(len(z)))
+
+
+def _adapted(task: Draw, solver: Adaptive) -> Iterator[State]:
+    """Attempts of an adaptive solver, then the step to +inf if the grid has one."""
+    grid, z, number = task.step.grid, task.start, 0
+    finite = grid[grid.isfinite()]
+    for number, (z, logsnr) in enumerate(solver.solve(task.reader, task.start, grid, task.rows), 1):
+        share = float(((logsnr.min() - finite[0]) / (finite[-1] - finite[0])).clamp(max=1))
+        yield State(number, min(share, 0.999) if len(finite) < len(grid) else share, z.clone(), logsnr.clone())
+    if len(finite) < len(grid):
+        levels = finite[-1].expand(len(z)), grid[-1].expand(len(z))
+        yield State(number + 1, 1.0, solver.step(task.reader, z, *levels, z), levels[1])
+
+
+def _blocks(task: Draw) -> Callable[[int], Tensor]:
+    """The noise of each step, drawn for as many steps at once as fit in a megabyte or so."""
+    block = max(1, 2**20 // (task.start.numel() * task.step.solver.draws))
+    drawn = task.start[None]
+
+    def noise(i: int) -> Tensor:
+        nonlocal drawn
+        if i % block == 0:
+            drawn = task.noise(i, min(i + block, len(task.step)))
+        return drawn[i % block]
+
+    return noise
+
+
+class Sampler(Protocol):
+    """``Sequential``, ``Parallel`` and their like."""
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        grid: Tensor,
+        shape: tuple[int, ...],
+        seed: int = 0,
+        *,
+        first: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        path: bool = False,
+        watch: Watch | None = None,
+    ) -> Samples: ...
+
+
+def in_batches(
+    sampler: Sampler,
+    denoiser: Denoiser,
+    grid: Tensor,
+    shape: tuple[int, ...],
+    seed: int = 0,
+    *,
+    batch: int = 1000,
+    device: torch.device | str = "cpu",
+    watch: Watch | None = None,
+) -> Samples:
+    """``shape[0]`` samples, at most ``batch`` at a time: the same ones as all at once. Ctrl-C gives back the batches that are finished, if any:
+    then x has fewer rows than were asked for."""
+    require(batch >= 1, f"batch = {batch}", "batch >= 1")
+    require(shape and shape[0] >= 1, f"shape {tuple(shape)}", "(B, *S) with every size >= 1")
+    done: list[Samples] = []
+    try:
+        for first in range(0, shape[0], batch):
+            size = min(batch, shape[0] - first)
+            done.append(sampler(denoiser, grid, (size, *shape[1:]), seed, first=first, device=device, watch=watch))
+    except KeyboardInterrupt:
+        if not done:
+            raise
+    return Samples(torch.cat([d.x for d in done]), sum(d.evals for d in done), sum(d.rounds for d in done), sum(d.seconds for d in done))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from contrastive_diffusion.channel import logsnr_of_sigma
-from contrastive_diffusion.errors import require
+from contrastive_diffusion.errors import call_named, choose, require
 
 Schedule = Callable[[Tensor], Tensor]
 
@@ -215,4 +215,72 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "logistic": logistic,
     "lognormal": lognormal,
     "uniform": uniform,
+}
+
+
+def spaced(table: Table, steps: int, spacing: str = "leading", offset: int = 0) -> Tensor:
+    r"""The grid of ``steps`` integer timesteps of a ``table`` (T,): increasing log-SNRs (steps + 1,), float64, ending in +inf.
+
+    Args:
+        spacing: "leading" t = k floor(T / steps) + ``offset``, which starts below T - 1; "trailing" t = round(k T / steps) - 1, which
+            starts at T - 1; "linspace", round of evenly spaced from 0 to T - 1. Every step goes to the true next timestep.
+        offset: of "leading" only (Stable Diffusion's configurations have 1).
+    """
+    choose(spacing, SPACINGS, "spacing")
+    total = len(table.logsnrs)
+    require(1 <= steps <= total, f"steps = {steps}", f"1 to {total}, the timesteps of the table")
+    require(offset >= 0 and (offset == 0 or spacing == "leading"), f"offset {offset} of spacing {spacing}", "an offset >= 0, of leading only")
+    timesteps = SPACINGS[spacing](total, steps) + offset
+    require(int(timesteps.max()) < total, f"timesteps up to {int(timesteps.max())}", f"timesteps under {total}", "choose a smaller offset")
+    return to_clean(table.logsnrs[timesteps])
+
+
+# Rising timesteps from (T, steps). "linspace" rounds half to even, as numpy and torch do; its single step is the noisiest one.
+SPACINGS: dict[str, Callable[[int, int], Tensor]] = {
+    "leading": lambda total, steps: torch.arange(steps) * (total // steps),
+    "linspace": lambda total, steps: torch.linspace(0 if steps > 1 else total - 1, total - 1, steps, dtype=torch.float64).round().long(),
+    "trailing": lambda total, steps: torch.arange(total, 0, -total / steps, dtype=torch.float64)[:steps].round().long().flip(0) - 1,
+}
+
+
+def to_clean(logsnrs: Tensor) -> Tensor:
+    """The grid through ``logsnrs`` (T,) of any order, then +inf: (T + 1,), float64."""
+    logsnrs = torch.as_tensor(logsnrs, dtype=torch.float64)
+    return torch.cat([logsnrs.sort().values, torch.tensor([math.inf], dtype=torch.float64)])
+
+
+def named_grid(spec: str, steps: int | None = None) -> Tensor:
+    """The grid of a name in ``GRIDS`` with options ("karras:rho=5,sigma_max=20"), or of the increasing log-SNRs listed in ``spec`` ("-8,-2,0,4,inf").
+
+    A list that does not end in "inf" gets it; its ``steps`` may be left out, a name's may not.
+    """
+    if spec[:1].isdigit() or spec[:1] in ("-", "+", "."):
+        return _listed(spec, steps)
+    require(steps is not None, f"grid {spec!r} without steps", "a number of steps")
+    return call_named(spec, GRIDS, "grid", steps=steps)
+
+
+def _listed(spec: str, steps: int | None) -> Tensor:
+    try:
+        levels = torch.tensor([float(v) for v in spec.split(",")], dtype=torch.float64)
+    except ValueError:
+        levels = torch.tensor([math.nan])
+    require(not levels.isnan().any(), f"grid {spec!r}", "a grid's name, or log-SNRs separated by commas")
+    require(bool((levels.diff() > 0).all()), f"grid {spec!r}", "increasing log-SNRs (noisy to clean)", "sigmas and timesteps fall, log-SNR rises")
+    levels = levels if bool(levels[-1].isinf()) else to_clean(levels)
+    require(
+        steps in (None, len(levels) - 1), f"a grid of {len(levels) - 1} steps", f"{steps} steps", "leave --steps and --evals out, or list as many"
+    )
+    return levels
+
+
+# steps -> increasing log-SNRs (steps + 1,), from noise to +inf.
+GRIDS: dict[str, Callable[..., Tensor]] = {
+    "cosine": lambda steps, low=-10.0, high=10.0: grid(cosine(low, high), steps),
+    "ddpm": lambda steps, timesteps=1000: grid(ddpm(timesteps), steps),
+    "karras": lambda steps, sigma_min=0.002, sigma_max=80.0, rho=7.0: grid(karras(sigma_min, sigma_max, rho), steps),
+    "leading": lambda steps, timesteps=1000, offset=0: spaced(ddpm(timesteps), steps, "leading", offset),
+    "linspace": lambda steps, timesteps=1000: spaced(ddpm(timesteps), steps, "linspace"),
+    "trailing": lambda steps, timesteps=1000: spaced(ddpm(timesteps), steps, "trailing"),
+    "uniform": lambda steps, low=-10.0, high=10.0: grid(uniform(low, high), steps),
 }

@@ -24,7 +24,7 @@ from contrastive_diffusion.experiments._branches import branch_recipes, made_bef
 from contrastive_diffusion.experiments._dino_page import ARMS, BRANCHES, KERNEL_SCALE, THEIRS
 from contrastive_diffusion.experiments._dino_page import blocks as show
 from contrastive_diffusion.metrics import Score, average
-from contrastive_diffusion.parallel import Parallel
+from contrastive_diffusion.parallel import Paradigms
 from contrastive_diffusion.recipes import STRICT, Loss, Net, Train
 from contrastive_diffusion.runs import Run, named_denoiser, work
 from contrastive_diffusion.sampling import Round, Sequential
@@ -136,7 +136,7 @@ def _parallel(config: Config, name: str, seed: int, n: int, position: int) -> No
                     shown[f"round{seen.number}"] = seen.states[-1].clone()
                 shown["before"] = seen.states[-2]
 
-            sampler = Parallel(solvers.ddpm(), "picard", None, config.tolerance)
+            sampler = Paradigms(solvers.ddpm(), None, config.tolerance)
             drawn = sampler(denoiser, grid, (n, *shape), seed, watch=watch)
         tensors = {"x": drawn.x, **{k: v.contiguous() for k, v in shown.items()}} | {
             k: torch.tensor(v, dtype=torch.float64) for k, v in curves.items()

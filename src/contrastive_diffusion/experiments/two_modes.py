@@ -20,7 +20,7 @@ from contrastive_diffusion.denoisers import Denoiser
 from contrastive_diffusion.experiments import _page as page
 from contrastive_diffusion.experiments._branches import branch_recipes, made_before, spent, train_branches
 from contrastive_diffusion.metrics import Score, average
-from contrastive_diffusion.parallel import Parallel
+from contrastive_diffusion.parallel import Paradigms
 from contrastive_diffusion.recipes import STRICT, Loss, Net
 from contrastive_diffusion.runs import Run, named_denoiser, work
 from contrastive_diffusion.sampling import Round, Sequential
@@ -115,7 +115,7 @@ def _sample(config: Config, branch: str, seed: int, position: int) -> None:
                     path = torch.cat([seen.states[:1].expand(seen.begin, *seen.states.shape[1:]), seen.states])[: config.steps]
                     kept[f"round{seen.number}"] = path[:: _every(config), :6, 0].T.contiguous()
 
-            drawn = Parallel(solvers.ddpm(), "picard")(denoiser, grid, (config.samples, 1), seed, watch=watch)
+            drawn = Paradigms(solvers.ddpm())(denoiser, grid, (config.samples, 1), seed, watch=watch)
         one_by_one = Sequential(solvers.ddpm())(denoiser, grid, (config.samples, 1), seed)
         return {"parallel": drawn.x, "sequential": one_by_one.x, **kept}, {"rounds": drawn.rounds, "evals": drawn.evals}
 

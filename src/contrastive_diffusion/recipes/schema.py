@@ -91,10 +91,12 @@ class Loss:
     """Weight of the contrastive loss; 0 leaves it out."""
     zeta: tuple[float, float] = (-4.0, 10.0)
     """Range of the contrasted log-SNR, uniform."""
-    points: int = Field(default=8, ge=4, multiple_of=2)
-    """(log-SNR, noise) points per likelihood ratio, an even number."""
+    points: int = Field(default=8, ge=4, multiple_of=4)
+    """(log-SNR, noise) points per likelihood ratio, a multiple of four."""
     share: float = Field(default=1 / 16, gt=0, le=1)
     """Share of the batch that is contrasted."""
+    perturbation: float = Field(default=0.0, ge=0)
+    """Std of extra input noise in the denoising part (DDPM-IP)."""
 
     def law(self) -> Schedule:
         """The law of noise levels of the denoising part."""
@@ -106,7 +108,7 @@ class Loss:
         if self.denoising == "likelihood":
             plain: Objective = Likelihood(self.law())
         else:
-            plain = Denoising(self.law(), "edm" if self.denoising == "edm" else "eps", sigma_data)
+            plain = Denoising(self.law(), "edm" if self.denoising == "edm" else "eps", sigma_data, self.perturbation)
         if not self.contrastive:
             return plain
         contrast = Contrastive(uniform(*self.zeta), self.points, self.share)
