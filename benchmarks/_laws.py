@@ -48,7 +48,10 @@ def curve() -> GaussianMixture:
 def wrong_ring(size: float = 0.1) -> Denoiser:
     """The ring's denoiser with an error of random features, ``size`` per coordinate: what a network might do."""
     generator, law = torch.Generator().manual_seed(9), ring()
-    weight, phase = torch.randn(2, 64, generator=generator, dtype=torch.float64) * 3, torch.rand(64, generator=generator, dtype=torch.float64) * 2 * math.pi
+    weight, phase = (
+        torch.randn(2, 64, generator=generator, dtype=torch.float64) * 3,
+        torch.rand(64, generator=generator, dtype=torch.float64) * 2 * math.pi,
+    )
     out = torch.randn(64, 2, generator=generator, dtype=torch.float64) / 64**0.5 * 2**0.5
 
     def denoiser(z: Tensor, logsnr: Tensor) -> Tensor:

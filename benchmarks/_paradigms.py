@@ -37,7 +37,14 @@ def schedulers():
 def scheduler(kind: str, steps: int):
     """The scheduler on linear betas and leading spacing, without clipping, where its batched and its scalar step agree."""
     ddpm_class, ddim_class = schedulers()
-    common = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": False, "timestep_spacing": "leading"}
+    common = {
+        "num_train_timesteps": 1000,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "clip_sample": False,
+        "timestep_spacing": "leading",
+    }
     made = ddpm_class(variance_type="fixed_small", **common) if kind == "ddpm" else ddim_class(set_alpha_to_one=True, **common)
     made.set_timesteps(steps)
     return made

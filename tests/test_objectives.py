@@ -99,7 +99,9 @@ def test_off_passes_gradient_only_through_the_other_level(gaussian, generator):
 def test_removing_the_curvature_takes_the_noise_out_of_the_loss(generator):
     law = two_modes()
     x = law.sample(4000, generator, torch.float64)
-    losses = {c: float(Contrastive(uniform(0.999, 1.0), 8, 1.0, curvature=c)(law, x, torch.Generator().manual_seed(3))["loss"]) for c in ("kept", "removed")}
+    losses = {
+        c: float(Contrastive(uniform(0.999, 1.0), 8, 1.0, curvature=c)(law, x, torch.Generator().manual_seed(3))["loss"]) for c in ("kept", "removed")
+    }
     exact = float(Contrastive(uniform(0.999, 1.0), 512, 1.0)(law, x, generator)["loss"])
     assert abs(losses["removed"] - exact) < 0.5 * abs(losses["kept"] - exact)
 

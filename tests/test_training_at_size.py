@@ -37,7 +37,7 @@ def _config(out: Path, images: dict | None = None, watch: dict | None = None, **
     settings = Training(**{"steps": 6, "batch": 16, "micro": 8, "warmup": 2, "lr": 1e-3, **training})
     return Train(
         data="digits", out=str(out), net=NET, loss=loss, training=settings, images=Images(**{"holdout": 97, **(images or {})}),
-        watch=Watch(**{"rows": 4, "evals": 8, "samples": 4, "steps": 3, **(watch or {})}), checkpoint_every=2,
+        watch=Watch(**{"rows": 4, "evals": 16, "samples": 4, "steps": 3, **(watch or {})}), checkpoint_every=2,
     )  # fmt: skip
 
 

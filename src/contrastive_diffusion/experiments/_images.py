@@ -104,7 +104,7 @@ def measure(config: Study, data: str, path: str, position: int) -> None:
         denoiser = _denoiser(path, config.device)
         x = load_images(data, config.images)[1].all(config.rows)[0].to(config.device)
         dim = x[0].numel()
-        found = {"errors": mse_curve(denoiser, x, LEVELS, 4 * len(LEVELS), stream(0, "errors")).mean / dim}
+        found = {"errors": mse_curve(denoiser, x, LEVELS, 8 * len(LEVELS), stream(0, "errors")).mean / dim}
         found["nll"] = nll(denoiser, x, config.evals, stream(0, "nll"), max_rows=CHUNK).mean / dim
         noisy = torch.arange(len(x), device=x.device) % 2 == 1
         right = []
@@ -124,7 +124,10 @@ def draw(config: Study, path: str, seed: int, position: int) -> None:
     def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
         denoiser, grid = _denoiser(path, config.device), schedules.grid(schedules.ddpm(), config.steps)
         shape, tensors, meta = (config.samples, *named_denoiser(path)[1]), {}, {}
-        samplers = {"sequential": Sequential(solvers.ddpm()), "parallel": Parallel(solvers.ddpm(), tolerance=config.tolerance, max_rows=CHUNK)}
+        samplers = {
+            "sequential": Sequential(solvers.ddpm()),
+            "parallel": Parallel(solvers.ddpm(), window=None, tolerance=config.tolerance, max_rows=CHUNK),
+        }
         for kind, sampler in samplers.items():
             with tqdm(total=config.steps, desc=f"{kind} {Path(path).name}-{seed}", position=position, leave=False, mininterval=5) as bar:
                 drawn = sampler(denoiser, grid, shape, seed, device=config.device, watch=lambda seen, bar=bar: bar.update(seen.begin - bar.n))

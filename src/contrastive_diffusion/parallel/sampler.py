@@ -77,13 +77,19 @@ class Parallel:
     def __post_init__(self):
         choose(self.slope, SLOPES, "slope")
         whole = self.window is None or self.window == "auto"
-        require(whole or (isinstance(self.window, int) and self.window >= 1), f"window = {self.window!r}", "window >= 1, 'auto', or None for the whole grid")
+        require(
+            whole or (isinstance(self.window, int) and self.window >= 1),
+            f"window = {self.window!r}",
+            "window >= 1, 'auto', or None for the whole grid",
+        )
         require(self.tolerance >= 0 and math.isfinite(self.tolerance), f"tolerance = {self.tolerance}", "a finite tolerance >= 0")
         require(0 <= self.anderson <= 8, f"anderson = {self.anderson}", "0 to 8 earlier rounds")
         require(self.lanes is None or self.lanes >= 1, f"lanes = {self.lanes}", "lanes >= 1, or None for all samples")
         require(self.max_rows >= 1, f"max_rows = {self.max_rows}", "at least 1")
         if self.solver.alone:
-            raise UsageError(f"given {self.solver.name} to Parallel, expected a solver whose steps are known beforehand: {self.solver.alone}; use Sequential")
+            raise UsageError(
+                f"given {self.solver.name} to Parallel, expected a solver whose steps are known beforehand: {self.solver.alone}; use Sequential"
+            )
 
     @torch.no_grad()
     def __call__(

@@ -39,7 +39,15 @@ class Task:
         require(item and min(count, *item) >= 1, f"shape {tuple(shape)}", "(B, *S) with every size >= 1")
         require(seed >= 0 and first >= 0, f"seed {seed}, first {first}", "both >= 0")
         require(dtype in (torch.float32, torch.float64), f"states in {dtype}", "float32 or float64", "precision=... is the denoiser's dtype")
-        self.options, self.count, self.item, self.seed, self.first, self.dtype, self.device = options, count, item, seed, first, dtype, torch.device(device)
+        self.options, self.count, self.item, self.seed, self.first, self.dtype, self.device = (
+            options,
+            count,
+            item,
+            seed,
+            first,
+            dtype,
+            torch.device(device),
+        )
         self.evaluator = Evaluator(denoiser, options.max_rows, 0, options.precision, options.group)
         self.step = StepMap(options.solver, self.evaluator, grid, device)
         self.tables, self.slope, self.clock, self.notes, self.rounds = tables(self.step), SLOPES[options.slope], Clock(), [], 0
