@@ -20,7 +20,7 @@ CONSISTENT = {
     "edm": Denoising(lognormal(), "edm"),
     "likelihood": Likelihood(),
     "contrastive": CONTRASTIVE,
-    "contrastive-off": Contrastive(uniform(-3, 3), points=512, share=0.25, through="off"),
+    **{f"contrastive-{t}": Contrastive(uniform(-3, 3), points=256, share=0.25, through=t) for t in ("clean", "noised")},
     "contrastive-unbalanced": Contrastive(uniform(-3, 3), points=64, share=0.25, clean=0.25),
     "contrastive-removed": Contrastive(uniform(-3, 3), points=64, share=0.25, curvature="removed"),
     "weighted": Weighted({"denoising": (1.0, Denoising()), "contrastive": (0.5, CONTRASTIVE)}),
@@ -78,22 +78,19 @@ def test_input_perturbation_has_its_own_optimum(gaussian, generator):
         assert (gradient.mean().abs() <= 4 * gradient.std() / math.sqrt(30)) == stationary
 
 
-def test_off_passes_gradient_only_through_the_other_level(gaussian, generator):
-    """Clean rows learn from p_zeta's reading, noised rows from p's."""
-    x, zeta = gaussian.sample(64, generator), torch.full((64,), 1.0)
-    for label in (1.0, -1.0):
-        levels, grads = [], []
+@pytest.mark.parametrize("through", ["clean", "noised", "both"])
+def test_gradient_passes_through_the_readings_asked_for(through, gaussian, generator):
+    x, grads = gaussian.sample(64, generator), []
 
-        def denoiser(z, logsnr, levels=levels, grads=grads):
-            out = gaussian(z, logsnr).detach().requires_grad_()
-            levels.append(logsnr)
-            out.register_hook(grads.append)
-            return out
+    def denoiser(z, logsnr):
+        out = gaussian(z, logsnr).detach().requires_grad_()
+        out.register_hook(grads.append)
+        return out
 
-        llr_points(denoiser, x, zeta, 8, generator, own=torch.full((64,), label)).sum().backward()
-        clean, other = grads[0].abs().sum(1).chunk(2)
-        assert (float(clean.sum()) == 0) == (label > 0)
-        assert (float(other.sum()) == 0) == (label < 0)
+    llr_points(denoiser, x, torch.full((64,), 1.0), 8, generator, through=through).sum().backward()
+    clean, noised = grads[0].abs().sum(1).chunk(2)
+    assert (float(clean.sum()) == 0) == (through == "noised")
+    assert (float(noised.sum()) == 0) == (through == "clean")
 
 
 def test_removing_the_curvature_takes_the_noise_out_of_the_loss(generator):

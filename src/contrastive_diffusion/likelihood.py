@@ -88,13 +88,13 @@ def llr_points(
     generator: torch.Generator | None = None,
     *,
     finest: float | None = None,
-    own: Tensor | None = None,
+    through: str = "both",
 ) -> Tensor:
     """The weighted integrands (B, points) whose mean over a row is its ``llr``, for zeta (B,), from one denoiser call; points in fours.
 
-    ``own`` (B,): the gradient then passes only through the reading at the other level, p_zeta's where own > 0 and p's elsewhere.
+    ``through``: the reading that carries gradient, "clean" (p's), "noised" (p_zeta's) or "both".
     """
-    return _ratio(denoiser, x, _level(zeta, x), points, generator, finest, 2 * points * len(x), own=own)[0]
+    return _ratio(denoiser, x, _level(zeta, x), points, generator, finest, 2 * points * len(x), through=through)[0]
 
 
 def _ratio(
@@ -106,7 +106,7 @@ def _ratio(
     finest: float | None,
     max_rows: int,
     first: int = 0,
-    own: Tensor | None = None,
+    through: str = "both",
 ) -> tuple[Tensor, Plateau, Tensor, Tensor, Tensor]:
     """The weighted integrands of a ratio (b, points), and the law, levels, weights and noise that they were read at."""
     finest = finest_of(denoiser) if finest is None else finest
@@ -115,9 +115,7 @@ def _ratio(
     beta, b = compose(logsnr, zeta[:, None])
     clean, noised = _read(denoiser, z, torch.stack([logsnr, beta]), max_rows, first)
     noised = noised * per_row(b, z)
-    if own is not None:
-        other = (own > 0).reshape(-1, *[1] * (z.dim() - 1))
-        clean, noised = torch.where(other, clean.detach(), clean), torch.where(other, noised, noised.detach())
+    clean, noised = clean.detach() if through == "noised" else clean, noised.detach() if through == "clean" else noised
     # |eps - clean|^2 - |eps - noised|^2 as a product: no cancellation of squares where the two levels meet.
     value = 0.5 * weight.to(x.dtype) * ((noised - clean) * (2 * eps - clean - noised)).flatten(2).sum(2)
     return value, law, logsnr, weight, eps

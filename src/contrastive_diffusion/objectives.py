@@ -110,8 +110,8 @@ class Contrastive:
         share: share of the batch's rows that are contrasted, at least two.
         clean: share of the contrasted rows with label +1, in (0, 1). Balanced labels make the ratio the logit of the classifier; others shift it
             by log(clean / (1 - clean)), which is accounted for.
-        through: "both" readings of a ratio carry gradient; or "off", only the one at a level other than the row's own (the other is what plain
-            training does). The optimum is the same for exact ratios only: the noise of a ratio biases it, and it may diverge.
+        through: which readings of a ratio carry gradient: "both", or only that of the data ("clean") or of its noised law ("noised"). The optimum
+            is the same, because at it either label's gradient is that of one and the same reading with opposite signs.
         curvature: "kept", softplus of the noisy ratio, which is too large by half its variance times softplus''; or "removed" to first order, by
             the variance of the row's own points, without gradient. Removing it takes away a penalty on noisy ratios.
         finest: log-SNR up to which the ratio's integral is resolved; ``finest_of(denoiser)`` by default.
@@ -129,7 +129,7 @@ class Contrastive:
         require(self.points >= 4 and self.points % 4 == 0, f"points = {self.points}", "a multiple of four")
         require(0 < self.share <= 1, f"share = {self.share}", "0 < share <= 1")
         require(0 < self.clean < 1, f"clean = {self.clean}", "0 < clean < 1")
-        choose(self.through, ("both", "off"), "through")
+        choose(self.through, ("both", "clean", "noised"), "through")
         choose(self.curvature, ("kept", "removed"), "curvature")
         require(
             self.curvature == "kept" or self.points >= 8, f"points = {self.points} with curvature removed", "points >= 8, two groups for a variance"
@@ -142,8 +142,7 @@ class Contrastive:
         label = self._labels(rows).to(x)  # the draw of zeta is in random order: levels and labels are independent
         zeta = zeta.to(x.device)
         chosen = torch.where((label > 0).reshape(-1, *[1] * (x.dim() - 1)), x[:rows], noised(x[:rows], zeta, generator))
-        own = label if self.through == "off" else None
-        values = llr_points(denoiser, chosen, zeta, self.points, generator, finest=self.finest, own=own)
+        values = llr_points(denoiser, chosen, zeta, self.points, generator, finest=self.finest, through=self.through)
         logit = label * (values.mean(1) - math.log(self.clean / (1 - self.clean)))
         loss = softplus(logit) - self._curvature(values, logit)
         return {"loss": loss.mean(), "accuracy": (logit < 0).to(x.dtype).mean().detach()}
