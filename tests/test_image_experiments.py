@@ -7,7 +7,26 @@ import pytest
 from contrastive_diffusion.cli import main
 
 pytest.importorskip("sklearn")
-TINY = ["--base.steps", "2", "--branch.steps", "2", "--rows", "2", "--evals", "16", "--steps", "3", "--samples", "2", "--jobs", "1"]
+TINY = [
+    "--base.steps",
+    "2",
+    "--base.batch",
+    "8",
+    "--branch.steps",
+    "2",
+    "--branch.batch",
+    "8",
+    "--rows",
+    "2",
+    "--evals",
+    "16",
+    "--steps",
+    "3",
+    "--samples",
+    "2",
+    "--jobs",
+    "1",
+]
 
 
 def test_digits_from_training_to_page(tmp_path, capsys):

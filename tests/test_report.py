@@ -25,12 +25,14 @@ def folder(tmp_path) -> Path:
     x = torch.linspace(0.1, 3, 12)
     arrays = {"x": x, "y": x.exp(), "err": 0.1 * x, "points": torch.randn(200, 2), "gx": torch.linspace(-3, 3, 9), "gy": torch.linspace(0, 1, 5)}
     arrays |= {"field": torch.rand(5, 9) + 0.01, "inside": (torch.rand(5, 9) > 0.5).float(), "paths": torch.rand(3, 9), "truth": torch.randn(50, 2)}
+    arrays |= {"grey": torch.rand(5, 1, 4, 4) * 2 - 1, "colour": torch.rand(2, 3, 4, 4) * 2 - 1}
     blocks = [
         page.text("First <words> & `code`.", "Second."),
         page.math(r"\hat\epsilon = \sqrt{\sigma(-\alpha)}", "An equation."),
         page.table("A table", ["", "n", "score", "none"], [["row", 1234567, Score(0.12345, 0.0021), None], ["other", 1.5, "never", 2]], "Its <caption>."),
         page.lines("Curves", "x", "y", [page.series("one", "x", "y", "err"), page.series("theirs, one", "x", "x", None, "dashed")], "c", logy=True, levels={"truth": 2.0}),
         page.scatter("Clouds", [("truth", "truth"), ("a", "points"), ("absent", "nowhere")], "c", limits=[-3, 3, -3, 3]),
+        page.images("Images", [("grey", "grey"), ("colour", "colour"), ("absent", "nowhere")], "c", rows=2, columns=3, across=2),
         page.maps("Map", "gx", "gy", [{"title": "m", "values": "field", "contour": "inside", "contour_levels": [0.5], "paths": {"p": "paths"}}],
                   "c", xlabel="x", ylabel="y", colour="error"),
     ]  # fmt: skip
@@ -68,7 +70,7 @@ def test_the_page_is_self_contained_and_its_references_resolve(folder):
     assert not re.search(r"@import|url\((?!#)", text)
     assert len(checker.ids) == len(set(checker.ids)), "ids of different figures collide"
     assert {v[1:] for v in checker.references} <= set(checker.ids)
-    assert text.count("<svg ") == 3
+    assert text.count("<svg ") == 4
     assert "<math" in text
 
 
