@@ -50,7 +50,7 @@ def spectrum3072() -> GaussianMixture:
 def trained() -> Denoiser:
     """A width-64 network after 2,000 DDPM steps on Dino."""
     loss = Loss()
-    state = State(Net().build(2, 0), Training(steps=2000))
+    state = State(Net().build((2,), 0), Training(steps=2000))
     for _ in train(state, loss.build(), dino(), wrap=loss.bounded):
         pass
     return loss.bounded(state.averaged)

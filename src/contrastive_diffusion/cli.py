@@ -253,29 +253,25 @@ def _finetune_options(args: list[str]) -> Parsed:
 
     source, args = _take(args)
     if source is None:
-        require(
-            HELP_FLAGS & set(args), "no source", "a run folder, or a model folder of cdl convert", "try cdl finetune runs/base --loss.contrastive 0.1"
-        )
         return Parsed(Train, args, "finetune SOURCE [RECIPE]", Train())
     name, args = _take(args)
     default = recipe(Train, name, "finetune-") if name else _as_trained(Path(source))
-    return Parsed(
-        Train,
-        args,
-        f"finetune {source}",
-        dataclasses.replace(default, init=source, out="runs/finetuned" if default.out == Train.out else default.out),
-    )
+    out = "runs/finetuned" if default.out == Train.out else default.out
+    return Parsed(Train, args, f"finetune {source}", dataclasses.replace(default, init=source, out=out))
 
 
 def _as_trained(source: Path) -> Any:
     """The recipe a run was trained with, to be changed by options; the defaults for a model folder, with a network for images."""
+    import json
+
     import yaml
 
-    from contrastive_diffusion.recipes import Net, Train, validate
+    from contrastive_diffusion.recipes import Loss, Net, Train, validate
 
     if not (source / "recipe.yaml").is_file():
         require((source / "config.json").is_file(), f"{source}", "a run folder, or a model folder of cdl convert")
-        return Train(net=Net(kind="ddpm++"))
+        ho = json.loads((source / "config.json").read_text()).get("net", {}).get("kind") == "ddpm"
+        return Train(net=Net(kind="ddpm" if ho else "ddpm++"), loss=Loss(denoising="ddpm" if ho else "edm"))
     return validate(Train, yaml.safe_load((source / "recipe.yaml").read_text()) | {"out": "runs/finetuned", "init": None}, str(source))
 
 
@@ -338,10 +334,17 @@ def _options_of(make: Callable[..., Any], skip: str = "") -> str:
 
 def _act_train(config: Any) -> None:
     from contrastive_diffusion.runs import fit
+    from contrastive_diffusion.training.processes import leave
 
     fit(config)
+    leave()
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"trained: {config.out}\nnext: cdl sample {config.out} --parallel")
+
+
+def _act_finetune(config: Any) -> None:
+    require(config.init, "no source", "a run folder, or a model folder of cdl convert", "try cdl finetune runs/base --loss.contrastive 0.1")
+    _act_train(config)
 
 
 def _act_convert(options: Convert) -> None:
@@ -493,7 +496,7 @@ def _act_report(options: Report) -> None:
 COMMANDS: dict[str, Command] = {
     "run": Command("Run an experiment, a table or figure of the paper: cdl run NAME [RECIPE].", _run_options, _act_run),
     "train": Command("Train a denoiser, or resume: cdl train [RECIPE].", _train_options, _act_train),
-    "finetune": Command("Train on from a run or a converted checkpoint: cdl finetune SOURCE [RECIPE].", _finetune_options, _act_train),
+    "finetune": Command("Train on from a run or a converted checkpoint: cdl finetune SOURCE [RECIPE].", _finetune_options, _act_finetune),
     "convert": Command("Turn a foreign checkpoint into a model folder, executing nothing.", _simple(Convert, "convert"), _act_convert),
     "inspect": Command("Say what a checkpoint is.", _simple(Inspect, "inspect"), _act_inspect),
     "sample": Command("Draw samples, in sequence or in parallel.", _simple(Sample, "sample"), _act_sample),

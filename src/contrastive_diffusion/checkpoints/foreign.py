@@ -44,6 +44,7 @@ def convert(source: str | Path, out: str | Path, weights: str | None = None, res
     source = Path(source)
     require(source.exists(), f"checkpoint {source}", "an existing file or folder")
     require(weights in (None, "ema", "raw"), f"weights {weights!r}", "ema or raw")
+    require(Path(out).resolve() != source.resolve(), f"{out} as source and result", "another folder for the result")
     kind = _kind(source)
     require(kind in READERS, f"{source}, {kind}", f"one of: {', '.join(READERS)}", "cdl inspect says more")
     tensors, net, levels, which, licence, about = READERS[kind](source, weights, resolution)
@@ -187,7 +188,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     if kind in ("a model folder", "a diffusers UNet2DModel folder"):
         config = json.loads(_config(path).read_text())
         about["config"] = {k: v for k, v in config.items() if not k.startswith("_") or k == "_class_name"}
-    elif (path.suffix == ".safetensors" and path.is_file()) or kind == "a training run":
+    elif kind.startswith(("a safetensors", "a training run")):
         about |= _header(path)
     elif "pickle" in kind:
         found = pickles.names(path)

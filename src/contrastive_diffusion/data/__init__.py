@@ -1,1 +1,1 @@
-"""Data with an exact truth (``mixtures``), toy laws (``toys``) and, later, images."""
+"""Data with an exact truth (``mixtures``), toy laws (``toys``), images (``images``, read by ``archives``, changed by ``augment``)."""

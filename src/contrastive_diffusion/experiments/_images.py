@@ -91,8 +91,9 @@ def study(config: Study, experiment: str, title: str, data: str, nets: Nets) -> 
     rows = {f"{name}, {branch}": _row(config, main, f"{name}-{branch}", distance, arrays) for name, branch in arms}
     control = {"mmd of held-out images": distance(other), "bandwidth": bandwidth}
     evals = {name: spent(r) for name, r in recipes.items()}
-    numbers = {"rows": rows, "denoiser evaluations": evals, **control}
-    blocks = _blocks(config, rows, evals, control, list(nets))
+    changes = {name: _change(main, name) for name in nets}
+    numbers = {"rows": rows, "contrastive less plain, paired": changes, "denoiser evaluations": evals, **control}
+    blocks = _blocks(config, rows, changes, evals, control, list(nets))
     main.write_results({"experiment": experiment, "title": title, "numbers": page.numbers(numbers), "blocks": blocks}, arrays)
     return main.path
 
@@ -104,7 +105,7 @@ def measure(config: Study, data: str, path: str, position: int) -> None:
         denoiser = _denoiser(path, config.device)
         x = load_images(data, config.images)[1].all(config.rows)[0].to(config.device)
         dim = x[0].numel()
-        found = {"errors": mse_curve(denoiser, x, LEVELS, 4 * len(LEVELS), stream(0, "errors")).mean / dim}
+        found = {"errors": mse_curve(denoiser, x, LEVELS, 8 * len(LEVELS), stream(0, "errors")).mean / dim}
         found["nll"] = nll(denoiser, x, config.evals, stream(0, "nll"), max_rows=CHUNK).mean / dim
         noisy = torch.arange(len(x), device=x.device) % 2 == 1
         right = []
@@ -124,7 +125,10 @@ def draw(config: Study, path: str, seed: int, position: int) -> None:
     def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
         denoiser, grid = _denoiser(path, config.device), schedules.grid(schedules.ddpm(), config.steps)
         shape, tensors, meta = (config.samples, *named_denoiser(path)[1]), {}, {}
-        samplers = {"sequential": Sequential(solvers.ddpm()), "parallel": Parallel(solvers.ddpm(), tolerance=config.tolerance, max_rows=CHUNK)}
+        samplers = {
+            "sequential": Sequential(solvers.ddpm()),
+            "parallel": Parallel(solvers.ddpm(), window=None, tolerance=config.tolerance, max_rows=CHUNK),
+        }
         for kind, sampler in samplers.items():
             with tqdm(total=config.steps, desc=f"{kind} {Path(path).name}-{seed}", position=position, leave=False, mininterval=5) as bar:
                 drawn = sampler(denoiser, grid, shape, seed, device=config.device, watch=lambda seen, bar=bar: bar.update(seen.begin - bar.n))
@@ -163,7 +167,23 @@ def _row(config: Study, main: Run, name: str, distance: metrics.MMD, arrays: dic
     return row
 
 
-def _blocks(config: Study, rows: dict[str, Any], evals: dict[str, dict[str, int]], control: dict[str, Any], nets: list[str]) -> list[page.Block]:
+def _change(main: Run, net: str) -> dict[str, Score]:
+    """Contrastive less plain on the same images and noise."""
+    plain, other = (main.part(f"measure-{net}-{branch}", made_before)[0] for branch in BRANCHES)
+    return {
+        "nll": average(other["nll"].double() - plain["nll"].double()),
+        "accuracy": average(other["right"].double().mean(1) - plain["right"].double().mean(1)),
+    }
+
+
+def _blocks(
+    config: Study,
+    rows: dict[str, Any],
+    changes: dict[str, dict[str, Score]],
+    evals: dict[str, dict[str, int]],
+    control: dict[str, Any],
+    nets: list[str],
+) -> list[page.Block]:
     names = [f"{net}-{branch}" for net in nets for branch in BRANCHES]
     columns = [
         "",
@@ -183,7 +203,7 @@ def _blocks(config: Study, rows: dict[str, Any], evals: dict[str, dict[str, int]
         (label, f"{kind}.{name}") for name in names for label, kind in ((f"{name}, sequential", "sequential"), (f"{name}, parallel", "parallel"))
     ]
     return [
-        page.text(_verdict(rows, evals, nets), "One training seed for each branch: differences between two trainings of the same branch are not in the errors."),
+        page.text(_verdict(rows, changes, evals, nets), "One training seed for each branch: differences between two trainings of the same branch are not in the errors."),
         page.table(
             "Plain and contrastive fine-tuning at equal evaluations", columns, body,
             f"nll and ratio accuracy (zeta of {', '.join(f'{z:g}' for z in ZETAS)}; data against noised data, half of each; chance is 50 %) over {config.rows} held-out images, "
@@ -202,19 +222,24 @@ def _blocks(config: Study, rows: dict[str, Any], evals: dict[str, dict[str, int]
     ]  # fmt: skip
 
 
-def _verdict(rows: dict[str, Any], evals: dict[str, dict[str, int]], nets: list[str]) -> str:
-    """What came out, in words that follow the numbers."""
+def _verdict(rows: dict[str, Any], changes: dict[str, dict[str, Score]], evals: dict[str, dict[str, int]], nets: list[str]) -> str:
+    """What came out, in words that follow the numbers; differences are paired over images."""
     parts = []
     for net in nets:
         plain, other = (rows[f"{net}, {branch}"] for branch in BRANCHES)
         spent_ = ", ".join(f"{n:,} ({name})" for name, n in evals[net].items())
-        difference = Score(other["accuracy"].mean - plain["accuracy"].mean, (other["accuracy"].stderr ** 2 + plain["accuracy"].stderr ** 2) ** 0.5)
-        clear = abs(difference.mean) > 2 * difference.stderr
-        word = ("more" if difference.mean > 0 else "less") + " accurate" if clear else "no more accurate within two standard errors"
-        change = other["nll"].mean - plain["nll"].mean
+        accuracy, nll_ = changes[net]["accuracy"], changes[net]["nll"]
         parts.append(
-            f"{net}: after a common start the branches spent {spent_} evaluations. The contrastive one is {word} as a noise classifier "
-            f"({100 * other['accuracy'].mean:.1f} against {100 * plain['accuracy'].mean:.1f} %), its nll differs by {change:+.4f} nats per dimension, and its parallel sampler took "
-            f"{other['parallel']['rounds'].mean:.0f} rounds against {plain['parallel']['rounds'].mean:.0f}."
+            f"{net}: after a common start the branches spent {spent_} evaluations. As a noise classifier the contrastive one is {_word(accuracy, 'more accurate', 'less accurate')} "
+            f"({100 * accuracy.mean:+.1f} ± {100 * accuracy.stderr:.1f} points, from {100 * plain['accuracy'].mean:.1f} %), its nll is {_word(nll_, 'higher', 'lower')} "
+            f"({nll_.mean:+.3f} ± {nll_.stderr:.3f} nats per dimension), and its parallel sampler took {other['parallel']['rounds'].mean:.0f} rounds against "
+            f"{plain['parallel']['rounds'].mean:.0f}."
         )
     return " ".join(parts)
+
+
+def _word(change: Score, above: str, below: str) -> str:
+    """Which way a difference goes, if it is more than two standard errors."""
+    return (
+        (above if change.mean > 0 else below) if abs(change.mean) > 2 * change.stderr else f"neither {above} nor {below} within two standard errors"
+    )

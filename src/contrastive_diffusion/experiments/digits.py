@@ -34,7 +34,7 @@ class Config:
     """Objective of the contrastive branch; its denoising part is that of the network."""
     rows: int = Field(default=200, ge=2)
     """Held-out images that are measured."""
-    evals: int = Field(default=64, ge=8)
+    evals: int = Field(default=64, ge=16)
     """Denoiser evaluations for each nll and each ratio."""
     steps: int = Field(default=100, ge=2)
     """DDPM steps."""
@@ -42,7 +42,7 @@ class Config:
     """Samples for each seed."""
     seeds: int = Field(default=2, ge=2)
     """Sampling seeds."""
-    tolerance: float = Field(default=0.1, ge=0)
+    tolerance: float = Field(default=0.05, ge=0)
     """Of the parallel sampler."""
     device: str = "cpu"
     """cpu or cuda."""

@@ -148,7 +148,7 @@ class Watch:
     """Steps between validations and sample grids; 0 for none."""
     rows: int = Field(default=64, ge=1)
     """Held-out images of a validation (those trained on, if none are held out)."""
-    evals: int = Field(default=32, ge=8)
+    evals: int = Field(default=32, ge=16)
     """Denoiser evaluations for each number of each image."""
     samples: int = Field(default=64, ge=0)
     """Images of the sample grid, 0 for none."""
@@ -179,6 +179,3 @@ class Train:
     """Steps between checkpoints."""
     changed: Literal["refuse", "accept"] = "refuse"
     """When the run folder is of another recipe: refuse, or go on with this one from its last checkpoint."""
-
-    def __post_init__(self):
-        require(not self.training.sharded, "training.sharded", "false: sharding is not supported yet", "use DDP (the default under torchrun)")

@@ -1,6 +1,7 @@
 """Training in a run folder: resumed where it stands, logged, checkpointed, looked at on the way; on one process or several."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def fit(config: Train, *, position: int = 0, label: str = "train", out: str | No
     )  # fmt: skip
     try:
         with (
-            open(metrics if processes.first else "/dev/null", "a") as log,
+            open(metrics if processes.first else os.devnull, "a") as log,
             open_logger(config.watch.logger if processes.first else "none", run.path) as logger,
         ):
             for step in train(state, config.loss.build(_sigma_data(config, begun)), begun.feed, config.loss.bounded, processes):

@@ -18,6 +18,8 @@ from contrastive_diffusion.runs.folder import Run
 from contrastive_diffusion.schedules import ends
 from contrastive_diffusion.training import Feed
 
+FRESH = "trained from scratch: that of whoever trained it"  # licence of such weights
+
 
 @dataclass(frozen=True)
 class Start:
@@ -79,11 +81,11 @@ def _image_net(config: Train, data: Images) -> tuple[nn.Module, ImageNet, str]:
     net = config.net.build(data.shape, config.training.seed, data.label_dim, config.images.augment > 0)
     spec = config.net.spec(data.shape, data.label_dim, config.images.augment > 0)
     assert spec is not None
-    licence = ""
+    licence = FRESH
     if config.init is not None:
         tensors, meta = Run.existing(config.init).trained()
         _load_average(net, tensors, config.init)
-        licence = str(meta.get("licence", ""))
+        licence = str(meta.get("licence", FRESH))
     return net, spec, licence
 
 

@@ -52,7 +52,7 @@ def validation(denoiser: Denoiser, x: Tensor, evals: int) -> dict[str, Any]:
     """
     dim = x[0].numel()
     levels = torch.tensor(LEVELS, dtype=torch.float64)
-    errors = mse_curve(denoiser, x, levels, max(evals // len(LEVELS), 2) * len(LEVELS), stream(0, "validation errors")).mean / dim
+    errors = mse_curve(denoiser, x, levels, max(evals // len(LEVELS) // 4 * 4, 8) * len(LEVELS), stream(0, "validation errors")).mean / dim
     likelihood = nll(denoiser, x, evals, stream(0, "validation nll"), max_rows=CHUNK).mean / dim
     accuracy = []
     for zeta in ZETAS:

@@ -45,8 +45,6 @@ class Training:
     """Compile the network (for GPUs: no gain on a CPU)."""
     channels_last: bool = False
     """Memory layout of image networks (for GPUs)."""
-    sharded: bool = False
-    """Share parameters and optimizer state between processes (FSDP) instead of copying them (DDP): for networks larger than one device."""
     workers: int = Field(default=0, ge=0)
     """Processes that read and decode images ahead; 0 reads them in between."""
     seed: int = 0

@@ -141,10 +141,12 @@ def train(state: State, objective: Objective, data: Data | Feed, wrap: Wrap | No
     mine = _share(config, processes)
     feed = data if isinstance(data, Feed) else Feed(data, config)
     loss: nn.Module = Loss(state.net, objective, wrap, config)
-    if processes.world > 1 and not config.sharded:
+    if processes.world > 1:
         loss = DistributedDataParallel(loss, broadcast_buffers=False)
     if config.compile:
         state.net.compile()
+    if config.channels_last:
+        state.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     state.net.train()
     passes = feed.passes([step * config.passes + k for step in range(state.step, config.steps) for k in mine])
     while state.step < config.steps:

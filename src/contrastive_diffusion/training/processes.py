@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,6 +70,7 @@ def join(device: str = "cpu", timeout: float = 1800.0) -> Processes:
     require(not cuda or torch.cuda.is_available(), f"device {device}", "cpu: torch sees no GPU here", "set device to cpu")
     where = torch.device("cuda", local) if cuda and world > 1 else torch.device(device)
     if world > 1 and not dist.is_initialized():
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # 1 x 1 convolutions have two layouts with the same strides
         if cuda:
             torch.cuda.set_device(where)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout))
