@@ -135,7 +135,7 @@ def test_in_a_browser(folder, scheme):
         browser.close()
     assert not messages
     assert [r for r in requests if not r.startswith("data:")] == [path.as_uri()]
-    assert len(sizes) == 4
+    assert len(sizes) == 6
     assert all(w > 50 and h > 10 for w, h in sizes), sizes
     assert wide <= 1280
     brightness = [sum(int(v) for v in re.findall(r"\d+", c)[:3]) for c in (ink, paper)]
