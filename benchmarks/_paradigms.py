@@ -28,7 +28,7 @@ class Result:
 
 def schedulers():
     try:
-        from diffusers import DDIMParallelScheduler, DDPMParallelScheduler
+        from diffusers import DDIMParallelScheduler, DDPMParallelScheduler  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UsageError("given no diffusers, expected the baseline's package; pip install 'contrastive-diffusion[diffusers]'") from error
     return DDPMParallelScheduler, DDIMParallelScheduler

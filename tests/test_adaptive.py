@@ -84,7 +84,6 @@ def test_a_broken_denoiser_stops_it():
         Sequential(solvers.adaptive())(lambda z, a: torch.sin(1e9 * z) * 1e6, GRID, (2, 1), dtype=torch.float64)
 
 
-@pytest.mark.xfail(reason="until the parallel sampler reads `alone`", strict=False)
 def test_parallel_says_why_not():
     with pytest.raises(ValueError, match="each sample chooses its own steps"):
         Parallel(solvers.adaptive())

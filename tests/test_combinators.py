@@ -19,7 +19,7 @@ from contrastive_diffusion.combinators import (
 )
 from contrastive_diffusion.data.mixtures import GaussianMixture
 from contrastive_diffusion.data.toys import dino
-from contrastive_diffusion.denoisers import Counted, finest_of, from_timesteps, noised
+from contrastive_diffusion.denoisers import Counted, evaluate, finest_of, from_timesteps, noised
 from contrastive_diffusion.likelihood import mse_curve
 from contrastive_diffusion.sampling import Sequential
 
@@ -91,6 +91,44 @@ def test_guidance_of_two_gaussians_is_the_gaussian_between_or_beyond_them(genera
     x = Sequential(solvers.heun())(guided(one, free, 2.0), schedules.grid(schedules.uniform(-12, 9), 40), (2000, 2)).x
     assert x.mean(0).tolist() == pytest.approx([2.0, -1.0], abs=4.5 / 2000**0.5)
     assert x.var(0).tolist() == pytest.approx([1.0, 1.0], abs=4.5 * (2 / 2000) ** 0.5)
+
+
+class _PerRow:
+    """A denoiser bound to a mean for each row, as one with labels is."""
+
+    def __init__(self, means):
+        self.means = means
+
+    def take(self, index):
+        return _PerRow(self.means[index])
+
+    def __call__(self, z, logsnr):
+        assert len(z) == len(self.means)
+        s, n = channel.per_row(channel.signal(logsnr), z), channel.per_row(channel.noise(logsnr), z)
+        return n * (z - s * self.means)
+
+
+def test_combinators_keep_the_labels_of_rows_in_chunks(generator):
+    """In calls of two rows each row meets its own label, and its own known values."""
+    z, means, known = torch.randn(3, 5, 2, generator=generator, dtype=torch.float64)
+    base, mask = _PerRow(means), torch.tensor([True, False])
+    levels = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    for denoiser in (
+        base, clamped(base, 0.5), guided(base, _PerRow(0 * means), 2.0, (-3.0, 1.0)), inpaint(base, known, mask, 2),
+        relevelled(base, levels, levels + 0.5), calibrated(base, levels, torch.ones(2, 2, dtype=torch.float64)),
+    ):  # fmt: skip
+        torch.testing.assert_close(evaluate(denoiser, z, LEVELS, 2), evaluate(denoiser, z, LEVELS))
+
+
+@pytest.mark.parametrize("name", solvers.SOLVERS)
+def test_every_solver_keeps_the_labels_of_rows(name, generator):
+    """Five rows, five labels, calls of two rows: as each row on its own."""
+    means = torch.randn(5, 2, generator=generator)
+    grid, solver = schedules.grid(schedules.uniform(-6, 6), 6), solvers.SOLVERS[name]()
+    whole = Sequential(solver, max_rows=2)(_PerRow(means), grid, (5, 2), seed=1)
+    rows = [Sequential(solver)(_PerRow(means[k : k + 1]), grid, (1, 2), seed=1, first=k) for k in range(5)]
+    torch.testing.assert_close(whole.x, torch.cat([r.x for r in rows]))
+    assert whole.evals == sum(r.evals for r in rows)
 
 
 def test_guidance_on_an_interval_is_conditional_outside_and_costs_two_inside(generator):

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import scipy.stats
 import torch
 
 from contrastive_diffusion import metrics
@@ -120,3 +121,12 @@ def test_calibration_error_is_zero_for_honest_answers_and_the_shift_for_others(g
     assert int(shifted.count.sum()) == 20_000
     with pytest.raises(ValueError, match="n >= 30"):
         metrics.calibration(torch.ones(5), torch.ones(5))
+
+
+@pytest.mark.parametrize("n", [2, 5, 16, 17, 40])
+def test_intervals_are_students(n):
+    values = torch.arange(n, dtype=torch.float64).square()
+    low, high = scipy.stats.t.interval(0.95, n - 1, loc=values.mean(), scale=scipy.stats.sem(values))
+    found = metrics.interval(values)
+    assert found.low == pytest.approx(low, rel=2e-4, abs=1e-3)
+    assert found.high == pytest.approx(high, rel=2e-4)

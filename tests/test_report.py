@@ -26,6 +26,7 @@ def folder(tmp_path) -> Path:
     arrays = {"x": x, "y": x.exp(), "err": 0.1 * x, "points": torch.randn(200, 2), "gx": torch.linspace(-3, 3, 9), "gy": torch.linspace(0, 1, 5)}
     arrays |= {"field": torch.rand(5, 9) + 0.01, "inside": (torch.rand(5, 9) > 0.5).float(), "paths": torch.rand(3, 9), "truth": torch.randn(50, 2)}
     arrays |= {"grey": torch.rand(5, 1, 4, 4) * 2 - 1, "colour": torch.rand(2, 3, 4, 4) * 2 - 1}
+    arrays |= {"window": torch.tensor([[0.0, 4.0], [1, 5], [3, 8], [5, 9], [8, 9]])}
     blocks = [
         page.text("First <words> & `code`.", "Second."),
         page.math(r"\hat\epsilon = \sqrt{\sigma(-\alpha)}", "An equation."),
@@ -35,6 +36,7 @@ def folder(tmp_path) -> Path:
         page.images("Images", [("grey", "grey"), ("colour", "colour"), ("absent", "nowhere")], "c", rows=2, columns=3, across=2),
         page.maps("Map", "gx", "gy", [{"title": "m", "values": "field", "contour": "inside", "contour_levels": [0.5], "paths": {"p": "paths"}}],
                   "c", xlabel="x", ylabel="y", colour="error"),
+        page.heat("Heat", "field", "window", "c"),
     ]  # fmt: skip
     run = Run.open(tmp_path, Score(1.0, 2.0))
     run.write_results({"experiment": "test", "title": "A <test> page", "numbers": {}, "blocks": blocks}, arrays)
@@ -70,7 +72,7 @@ def test_the_page_is_self_contained_and_its_references_resolve(folder):
     assert not re.search(r"@import|url\((?!#)", text)
     assert len(checker.ids) == len(set(checker.ids)), "ids of different figures collide"
     assert {v[1:] for v in checker.references} <= set(checker.ids)
-    assert text.count("<svg ") == 4
+    assert text.count("<svg ") == 5
     assert "<math" in text
 
 

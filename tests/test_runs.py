@@ -1,5 +1,6 @@
 """Recipes and run folders: killed anywhere, continued to the same bits; nothing of another recipe is touched."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -265,3 +266,16 @@ def _alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.mark.slow
+def test_the_sweep_runs_and_continues(tmp_path):
+    """Every solver, grid and churn of `cdl run edm-sweep quick`; run again it changes nothing."""
+    from contrastive_diffusion.experiments.edm_sweep import Config, run
+
+    config = dataclasses.replace(recipe(Config, "quick", "edm-sweep-"), out=str(tmp_path / "sweep"), jobs=1)
+    results = (run(config) / "results.json").read_bytes()
+    numbers = json.loads(results)["numbers"]
+    exact = numbers["dino"]["deterministic"]["35"]["log density"]
+    assert abs(exact["mean"] - numbers["true samples"]["mean"]) < 5 * (exact["stderr"] + numbers["true samples"]["stderr"])
+    assert (run(config) / "results.json").read_bytes() == results

@@ -10,7 +10,7 @@ from contrastive_diffusion.data.mixtures import GaussianMixture
 from contrastive_diffusion.data.toys import dino, two_modes
 from contrastive_diffusion.denoisers import Counted, from_timesteps
 from contrastive_diffusion.errors import RunError
-from contrastive_diffusion.parallel import SLOPES, Parallel
+from contrastive_diffusion.parallel import Paradigms, Parallel
 from contrastive_diffusion.sampling import MASK, START, Sequential, in_batches, normal, philox
 
 STEPS = {
@@ -77,57 +77,9 @@ def test_samples_follow_the_law(solver, tolerance):
     assert float(x[~low].std()) == pytest.approx(0.5, abs=tolerance)
 
 
-@pytest.mark.parametrize("window", [None, 1, 7])
-@pytest.mark.parametrize("slope", SLOPES)
-@every
-def test_parallel_at_tolerance_zero_is_sequential_bit_for_bit(solver, slope, window):
-    if slope != "picard" and not isinstance(solver, solvers.Affine):
-        with pytest.raises(ValueError, match="not affine"):
-            Parallel(solver, slope)
-        return
-    exact = Sequential(solver)(dino(), GRID, (5, 2), seed=1, path=True)
-    counted = Counted(dino())
-    drawn = Parallel(solver, slope, window, 0.0)(counted, GRID, (5, 2), seed=1, path=True)
-    assert exact.path is not None
-    assert drawn.path is not None
-    assert drawn.path.equal(exact.path)
-    assert drawn.x.equal(exact.x)
-    assert drawn.evals == counted.rows
-    assert drawn.rounds <= 60
-    if window == 1:
-        assert drawn.evals == exact.evals
-
-
-def test_after_k_rounds_k_steps_are_exact():
-    exact = Sequential(solvers.ddpm())(dino(), GRID, (4, 2), seed=1, path=True).path
-    assert exact is not None
-    seen = []
-    Parallel(solvers.ddpm(), tolerance=0.0)(dino(), GRID, (4, 2), seed=1, watch=seen.append)
-    for r in seen:
-        reached = r.states[: max(0, r.number + 1 - r.begin)]
-        assert reached.equal(exact[r.begin : r.begin + len(reached)])
-    assert [r.number for r in seen] == list(range(1, len(seen) + 1))
-
-
-def test_tolerance_trades_evals_for_error():
-    exact = Sequential(solvers.ddpm())(dino(), GRID, (8, 2), seed=0)
-    errors, evals = [], []
-    for tolerance in (0.3, 0.1, 0.01, 0.0):
-        drawn = Parallel(solvers.ddpm(), tolerance=tolerance)(dino(), GRID, (8, 2), seed=0)
-        errors.append(float((drawn.x - exact.x).abs().max()))
-        evals.append(drawn.evals)
-    assert errors[1] < 0.02
-    assert errors[-1] == 0.0
-    assert evals == sorted(evals)
-
-
-def test_parallel_is_fewer_rounds_than_steps_and_a_better_slope_fewer_still():
-    grid = schedules.grid(schedules.ddpm(), 1000)
-    rounds = {slope: Parallel(solvers.ddpm(), slope)(dino(), grid, (4, 2), seed=0).rounds for slope in ("picard", "gauss")}
-    assert rounds["gauss"] < rounds["picard"] < 60
-
-
-@pytest.mark.parametrize("sampler", [Sequential(solvers.ddpm()), Parallel(solvers.ddpm()), Parallel(solvers.ddpm(), window=9)])
+@pytest.mark.parametrize(
+    "sampler", [Sequential(solvers.ddpm()), Parallel(solvers.ddpm()), Parallel(solvers.ddpm(), window=9), Paradigms(solvers.ddpm())]
+)
 def test_evals_and_rounds_are_what_happened(sampler):
     counted, seen = Counted(two_modes()), []
     drawn = sampler(counted, GRID, (6, 1), watch=seen.append)
@@ -218,13 +170,15 @@ def test_watching_is_not_timed():
     assert drawn.seconds < 0.5
 
 
-@pytest.mark.parametrize("sampler", [Sequential(solvers.ddpm()), Parallel(solvers.ddpm())])
+@pytest.mark.parametrize("sampler", [Sequential(solvers.ddpm()), Parallel(solvers.ddpm()), Paradigms(solvers.ddpm())])
 def test_the_type_of_the_state_is_kept(sampler):
     assert sampler(two_modes(), GRID, (2, 1), dtype=torch.float64).x.dtype == torch.float64
     assert sampler(lambda z, a: two_modes()(z.flatten(1), a).reshape(z.shape), GRID, (2, 1, 1, 1)).x.shape == (2, 1, 1, 1)
 
 
-@pytest.mark.parametrize("sampler", [Sequential(solvers.ddpm()), Parallel(solvers.ddpm()), Parallel(solvers.ddpm(), window=8)])
+@pytest.mark.parametrize(
+    "sampler", [Sequential(solvers.ddpm()), Parallel(solvers.ddpm()), Parallel(solvers.ddpm(), window=8), Paradigms(solvers.ddpm(), 8)]
+)
 def test_a_nan_stops_and_says_where(sampler):
     def broken(z, logsnr):
         return torch.where((logsnr > 3)[:, None] & (z > 0), math.nan, two_modes()(z, logsnr))
@@ -236,10 +190,6 @@ def test_a_nan_stops_and_says_where(sampler):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Parallel(solvers.ddpm(), window=0), "given window = 0, expected window >= 1"),
-        (lambda: Parallel(solvers.ddpm(), tolerance=-1.0), "tolerance >= 0"),
-        (lambda: Parallel(solvers.ddpm(), tolerance=math.nan), "tolerance >= 0"),
-        (lambda: Parallel(solvers.ddpm(), "picart"), "did you mean picard"),
         (lambda: Sequential(solvers.ddpm())(dino(), GRID, (0, 2)), "every size >= 1"),
         (lambda: Sequential(solvers.ddpm())(dino(), GRID, (3,)), r"expected \(B, \*S\)"),
         (lambda: Sequential(solvers.ddpm())(dino(), GRID, (3, 2), seed=-1), "both >= 0"),

@@ -44,10 +44,12 @@ class Sample:
     batch: int = 1000
     """Samples drawn at a time; ctrl-C keeps the batches that are finished."""
     parallel: bool = False
-    """All steps at once (Picard iteration) instead of one after another."""
+    """Many steps at once instead of one after another; under torchrun, in all processes."""
+    slope: str = "secant"
+    """Of --parallel: secant (measured), gauss, picard, ... (cdl list slopes)."""
     window: int | None = None
-    """Steps worked on at once by --parallel; the whole grid by default."""
-    tolerance: float = 0.1
+    """Steps of a sample worked on at once by --parallel; 64 by default, or all of a shorter grid."""
+    tolerance: float = 0.02
     """Of --parallel; 0 is exactly the sequential sample."""
     seed: int = 0
     """Sample i of a seed is the same whatever n."""
@@ -380,6 +382,7 @@ def _act_sample(options: Sample) -> None:
 
     from contrastive_diffusion.files import write_atomic
     from contrastive_diffusion.parallel import Parallel
+    from contrastive_diffusion.parallel.processes import first_process, world
     from contrastive_diffusion.runs import named_denoiser
     from contrastive_diffusion.sampling import Sequential, in_batches
     from contrastive_diffusion.solvers import solver as named_solver
@@ -390,9 +393,12 @@ def _act_sample(options: Sample) -> None:
     denoiser, shape = named_denoiser(options.source, options.label)
     if hasattr(denoiser, "to"):
         denoiser = denoiser.to(options.device)  # pyright: ignore
-    sampler = Parallel(solver, "picard", options.window, options.tolerance) if options.parallel else Sequential(solver)
+    group = world(options.device) if options.parallel else None
+    sampler = Parallel(solver, options.slope, options.window, options.tolerance, group=group) if options.parallel else Sequential(solver)
     with _bar(options, len(levels) - 1) as watch:
         drawn = in_batches(sampler, denoiser, levels, (options.n, *shape), options.seed, batch=options.batch, device=options.device, watch=watch)
+    if not first_process(group):
+        return
     buffer, n = io.BytesIO(), len(drawn.x)
     np.save(buffer, drawn.x.cpu().numpy())
     write_atomic(Path(options.out), buffer.getvalue())

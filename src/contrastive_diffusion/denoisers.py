@@ -26,7 +26,7 @@ from contrastive_diffusion.channel import (
     v_from_eps,
     x_from_eps,
 )  # fmt: skip
-from contrastive_diffusion.errors import choose, require
+from contrastive_diffusion.errors import UsageError, choose, require
 from contrastive_diffusion.schedules import Table, ddpm
 
 Prediction = Literal["eps", "x", "v"]
@@ -58,24 +58,39 @@ def ranged(denoiser: Denoiser, z: Tensor, logsnr: Tensor) -> tuple[Tensor, Tenso
 class Like:
     """A function as a denoiser that keeps what samplers and estimates read off the one it was made from. See ``like``."""
 
-    def __init__(self, denoiser: Denoiser, function: Callable[[Tensor, Tensor], Tensor], change: Callable[[Tensor, Tensor, Tensor], Tensor] | None):
-        self.denoiser, self.function, self.change = denoiser, function, change
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        function: Callable[[Tensor, Tensor], Tensor],
+        rows: Callable[[Tensor], Denoiser],
+        change: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+    ):
+        self.denoiser, self.function, self.rows, self.change = denoiser, function, rows, change
         self.finest, self.levels = finest_of(denoiser), getattr(denoiser, "levels", None)
 
     def __call__(self, z: Tensor, logsnr: Tensor) -> Tensor:
         return self.function(z, logsnr)
+
+    def take(self, index: Tensor) -> Denoiser:
+        return self.rows(index)
 
     def ranged(self, z: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor]:
         eps_hat, v = ranged(self.denoiser, z, logsnr)
         return (self.function(z, logsnr) if self.change is None else self.change(z, logsnr, eps_hat)), v
 
 
-def like(denoiser: Denoiser, function: Callable[[Tensor, Tensor], Tensor], change: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Like:
+def like(
+    denoiser: Denoiser,
+    function: Callable[[Tensor, Tensor], Tensor],
+    rows: Callable[[Tensor], Denoiser],
+    change: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> Like:
     """``function`` as a denoiser with the ``finest``, ``levels`` and learned variance of ``denoiser``.
 
-    ``change(z, logsnr, eps_hat)``: the function's value where the denoiser's is known already, which saves an evaluation.
+    ``rows(index)`` is the same for some of the rows it is bound to (see ``take``); ``change(z, logsnr, eps_hat)`` the function's value where
+    the denoiser's is known already, which saves an evaluation.
     """
-    return Like(denoiser, function, change)
+    return Like(denoiser, function, rows, change)
 
 
 def evaluate(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int = 16384) -> Tensor:
@@ -83,7 +98,8 @@ def evaluate(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int = 1638
     logsnr = logsnr.to(z.dtype)
     if len(z) <= max_rows:
         eps_hat = denoiser(z, logsnr)
-        require(eps_hat.shape == z.shape, f"a denoiser that returns {tuple(eps_hat.shape)}", f"the shape of z, {tuple(z.shape)}")
+        if eps_hat.shape != z.shape:
+            raise UsageError(f"given a denoiser that returns {tuple(eps_hat.shape)}, expected the shape of z, {tuple(z.shape)}")
         return eps_hat
     rows = torch.arange(len(z), device=z.device)
     parts = zip(z.split(max_rows), logsnr.split(max_rows), rows.split(max_rows), strict=True)
@@ -257,17 +273,26 @@ def to_timesteps(denoiser: Denoiser, table: Table, predicts: Prediction = "eps")
 class Counted:
     """Counts what a denoiser is asked: ``rows`` evaluations in ``calls`` calls."""
 
-    def __init__(self, denoiser: Denoiser):
-        self.denoiser, self.rows, self.calls = denoiser, 0, 0
+    def __init__(self, denoiser: Denoiser, whole: "Counted | None" = None):
+        self.denoiser, self.rows, self.calls, self.whole = denoiser, 0, 0, whole
         self.finest = finest_of(denoiser)
 
     def __call__(self, z: Tensor, logsnr: Tensor) -> Tensor:
-        self.rows, self.calls = self.rows + len(z), self.calls + 1
+        self.count(len(z))
         return self.denoiser(z, logsnr)
 
     def ranged(self, z: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor]:
-        self.rows, self.calls = self.rows + len(z), self.calls + 1
+        self.count(len(z))
         return ranged(self.denoiser, z, logsnr)
+
+    def take(self, index: Tensor) -> "Counted":
+        """The same for some rows; what it counts, this counts too."""
+        return Counted(take(self.denoiser, index), self)
+
+    def count(self, rows: int) -> None:
+        self.rows, self.calls = self.rows + rows, self.calls + 1
+        if self.whole is not None:
+            self.whole.count(rows)
 
 
 def unit_noise(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:

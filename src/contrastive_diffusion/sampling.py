@@ -21,30 +21,55 @@ from contrastive_diffusion.solvers import Adaptive, Solver, StepMap
 
 START = -1  # the step index of the initial state
 MASK = 0xFFFFFFFF
+CHUNK = 2**16  # blocks of four values made at a time
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox 4x32-10: four int64 tensors of 32-bit words -> four of the same shape. Products wrap in int64, as they should."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
-        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
-    return c0, c1, c2, c3
+    """Philox 4x32-10: four int64 tensors of 32-bit words -> four of the same shape. Products wrap in int64, as they should.
+
+    In place on pairs of words: x holds words 0 and 2, y words 1 and 3, whose upper halves are garbage that the mask takes away later.
+    """
+    x, y = torch.stack(counter[::2]), torch.stack(counter[1::2])
+    factors = torch.tensor([0xD2511F53, 0xCD9E8D57], device=x.device).reshape(2, *[1] * (x.dim() - 1))
+    keys = [[(k + i * step) & MASK for i in range(10)] for k, step in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True)]
+    keys = torch.tensor(keys, device=x.device).reshape(2, 10, *[1] * (x.dim() - 1))
+    product = torch.empty_like(x)
+    for i in range(10):
+        torch.mul(x, factors, out=product)
+        y.bitwise_xor_(keys[:, i])
+        torch.bitwise_right_shift(product[1], 32, out=x[0])
+        torch.bitwise_right_shift(product[0], 32, out=x[1])
+        x.bitwise_xor_(y).bitwise_and_(MASK)
+        y[0], y[1] = product[1], product[0]
+    y.bitwise_and_(MASK)
+    return x[0], y[0], x[1], y[1]
 
 
 def normal(seed: int, samples: Tensor, steps: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Unit Gaussian noise (B, *shape) of sample ids (B,) at step indices (B,), int64; ``START`` is the initial state."""
+    """Unit Gaussian noise (B, *shape) of sample ids (B,) at step indices (B,), int64; ``START`` is the initial state.
+
+    From 32 random bits a value: in float64 for float64, in float32 otherwise, which rounds differently in the last digits.
+    """
     numel = math.prod(shape)
     blocks = torch.arange((numel + 3) // 4, device=samples.device)
+    rows = max(1, CHUNK // len(blocks))  # at a time, so that temporaries stay in the cache
+    parts = [_normal(seed, ids, at, blocks, dtype) for ids, at in zip(samples.split(rows), steps.split(rows), strict=True)]
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return whole[:, :numel].reshape(-1, *shape)
+
+
+def _normal(seed: int, samples: Tensor, steps: Tensor, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Four values for each of the ``blocks`` (n,) of each sample: (B, 4 n)."""
     c = torch.broadcast_tensors(blocks, (steps[:, None] + 1) & MASK, samples[:, None] & MASK, (samples[:, None] >> 32) & MASK)
     words = philox((c[0], c[1], c[2], c[3]), (seed & MASK, (seed >> 32) & MASK))
-    u = [(w.double() + 0.5) * 2.0**-32 for w in words]
-    radius = [(-2 * v.log()).sqrt() for v in (u[0], u[2])]
-    angle = [2 * math.pi * v for v in (u[1], u[3])]
-    values = torch.stack([radius[0] * angle[0].cos(), radius[0] * angle[0].sin(), radius[1] * angle[1].cos(), radius[1] * angle[1].sin()], -1)
-    return values.flatten(1)[:, :numel].reshape(-1, *shape).to(dtype)
+    wide = dtype if dtype == torch.float64 else torch.float32
+    u = [w.to(wide).add_(0.5).mul_(2.0**-32) for w in words]
+    out = torch.empty(*u[0].shape, 4, dtype=dtype, device=u[0].device)
+    for k in (0, 1):
+        radius, angle = u[2 * k].log_().mul_(-2).clamp_(min=0).sqrt_(), u[2 * k + 1].mul_(2 * math.pi)
+        out[..., 2 * k] = angle.cos().mul_(radius)
+        out[..., 2 * k + 1] = angle.sin_().mul_(radius)
+    return out.flatten(1)
 
 
 @dataclass(frozen=True)
@@ -79,13 +104,35 @@ class Reader:
         self.counted, self.max_rows, self.reads = Counted(denoiser), max_rows, 0
 
     def __call__(self, z: Tensor, logsnr: Tensor) -> Tensor:
+        return self.read(self.counted, z, logsnr)
+
+    def read(self, counted: Counted, z: Tensor, logsnr: Tensor) -> Tensor:
         self.reads += 1
-        return evaluate(self.counted, z, logsnr, self.max_rows)
+        return evaluate(counted, z, logsnr, self.max_rows)
+
+    def take(self, index: Tensor) -> "_Part":
+        """The same for some rows."""
+        return _Part(self, self.counted.take(index))
 
     def ranged(self, z: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor]:
         self.reads += 1
-        parts = [ranged(self.counted, zs, ls) for zs, ls in zip(z.split(self.max_rows), logsnr.split(self.max_rows), strict=True)]
+        rows = torch.arange(len(z), device=z.device).split(self.max_rows)
+        parts = [ranged(self.counted.take(index) if len(rows) > 1 else self.counted, z[index], logsnr[index]) for index in rows]
         return torch.cat([eps_hat for eps_hat, _ in parts]), torch.cat([v for _, v in parts])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A reader of some of the rows, counted with the others."""
+
+    reader: Reader
+    counted: Counted
+
+    def __call__(self, z: Tensor, logsnr: Tensor) -> Tensor:
+        return self.reader.read(self.counted, z, logsnr)
+
+    def take(self, index: Tensor) -> "_Part":
+        return _Part(self.reader, self.counted.take(index))
 
 
 @dataclass(frozen=True)
@@ -99,6 +146,7 @@ class Draw:
     clock: "Clock"
     reader: Reader
     rows: Callable[[Tensor, int], Tensor]  # rows (n,) of the batch, a step -> their noise at it (n, *S)
+    levels: Tensor  # (B,) where an adaptive solver has each row
 
 
 def prepare(
@@ -108,7 +156,7 @@ def prepare(
     batch, item = next(iter(shape), 0), tuple(shape[1:])
     require(item and min(batch, *item) >= 1, f"shape {tuple(shape)}", "(B, *S) with every size >= 1")
     require(seed >= 0 and first >= 0, f"seed {seed}, first {first}", "both >= 0")
-    _check_levels(solver, denoiser, grid)
+    check_levels(solver, denoiser, grid)
     reader, ids = Reader(denoiser, max_rows), torch.arange(first, first + batch, device=device)
     each = item if solver.draws == 1 else (solver.draws, *item)
 
@@ -120,10 +168,11 @@ def prepare(
         return normal(seed, ids[rows], torch.full_like(rows, step), item, dtype)
 
     start = of_rows(torch.arange(batch, device=device), START)
-    return Draw(StepMap(solver, reader, grid, device), reader.counted, start, noise, Clock(), reader, of_rows)
+    levels = torch.full((batch,), float(grid[0]), dtype=torch.float64, device=device)
+    return Draw(StepMap(solver, reader, grid, device), reader.counted, start, noise, Clock(), reader, of_rows, levels)
 
 
-def _check_levels(solver: Solver, denoiser: Denoiser, grid: Tensor) -> None:
+def check_levels(solver: Solver, denoiser: Denoiser, grid: Tensor) -> None:
     """A denoiser that knows only some ``levels`` (a timestep network without interpolation) is read at these only."""
     levels = getattr(denoiser, "levels", None)
     if levels is None:
@@ -220,11 +269,11 @@ class Sequential:
         """Samples ``first`` .. ``first`` + B - 1 of ``seed``, on an increasing ``grid`` of log-SNRs (T + 1,), usually ending in +inf."""
         task = prepare(self.solver, denoiser, grid, shape, seed, first, device, dtype, self.max_rows)
         states, last = [task.start], task.start
-        for state in _states(task):
-            last = state.z
+        for number, last in enumerate(_states(task), 1):
             if path:
                 states.append(last)
-            task.clock.paused(watch, lambda state=state: Round(state.number, state.number, state.number, state.z[None]))
+            if watch is not None:
+                task.clock.paused(watch, lambda z=last, number=number: Round(number, number, number, z[None]))
         check_finite(last[None], len(task.step), len(task.step), first)
         return Samples(last, task.counted.rows, task.reader.reads, task.clock.seconds(), torch.stack(states) if path else None)
 
@@ -240,40 +289,47 @@ class Sequential:
         dtype: torch.dtype = torch.float32,
     ) -> Iterator[State]:
         """The same walk, state by state, for previews and for stopping early; the last state is the sample. Arguments are checked at once."""
-        return _ungraded(_states(prepare(self.solver, denoiser, grid, shape, seed, first, device, dtype, self.max_rows)))
+        return _described(prepare(self.solver, denoiser, grid, shape, seed, first, device, dtype, self.max_rows))
 
 
-def _ungraded(states: Iterator[State]) -> Iterator[State]:
-    """Without gradients, but only while a step is made: a generator must not leak its mode to the loop around it."""
+def _described(task: Draw) -> Iterator[State]:
+    """The walk with where it is, without gradients, but only while a step is made: a generator must not leak its mode to the loop around it."""
+    walked, step, number = _states(task), task.step, 0
+    adaptive = isinstance(step.solver, Adaptive)
     while True:
         with torch.no_grad():
-            state = next(states, None)
-        if state is None:
+            z = next(walked, None)
+        if z is None:
             return
-        yield state
+        number += 1
+        logsnr = task.levels.clone() if adaptive else step.logsnr_next[number - 1].expand(len(z))
+        yield State(number, _progress(step.grid, logsnr) if adaptive else number / len(step), z, logsnr)
 
 
-def _states(task: Draw) -> Iterator[State]:
-    """The walk of a task; an adaptive solver has one of its own."""
-    step, start = task.step, task.start
-    if isinstance(step.solver, Adaptive):
-        yield from _adapted(task, step.solver)
-        return
-    noise = _blocks(task) if step.solver.noisy else lambda _: start
-    for i, z in enumerate(walk(step, start, noise)):
-        yield State(i + 1, (i + 1) / len(step), z, step.logsnr_next[i].expand(len(z)))
-
-
-def _adapted(task: Draw, solver: Adaptive) -> Iterator[State]:
-    """Attempts of an adaptive solver, then the step to +inf if the grid has one."""
-    grid, z, number = task.step.grid, task.start, 0
+def _progress(grid: Tensor, logsnr: Tensor) -> float:
+    """The share of the way that the last of the samples has gone; 1 only at the end of the grid."""
     finite = grid[grid.isfinite()]
-    for number, (z, logsnr) in enumerate(solver.solve(task.reader, task.start, grid, task.rows), 1):
-        share = float(((logsnr.min() - finite[0]) / (finite[-1] - finite[0])).clamp(max=1))
-        yield State(number, min(share, 0.999) if len(finite) < len(grid) else share, z.clone(), logsnr.clone())
+    share = float(((logsnr.min() - finite[0]) / (finite[-1] - finite[0])).clamp(max=1))
+    return share if float(logsnr.min()) >= float(grid[-1]) else min(share, 0.999)
+
+
+def _states(task: Draw) -> Iterator[Tensor]:
+    """The walk of a task; an adaptive solver has one of its own."""
+    if isinstance(task.step.solver, Adaptive):
+        return _adapted(task, task.step.solver)
+    return walk(task.step, task.start, _blocks(task) if task.step.solver.noisy else lambda _: task.start)
+
+
+def _adapted(task: Draw, solver: Adaptive) -> Iterator[Tensor]:
+    """Attempts of an adaptive solver, then the step to +inf if the grid has one; ``task.levels`` follows."""
+    grid, z = task.step.grid, task.start
+    finite = grid[grid.isfinite()]
+    for z, logsnr in solver.solve(task.reader, task.start, grid, task.rows):
+        task.levels.copy_(logsnr)
+        yield z.clone()
     if len(finite) < len(grid):
-        levels = finite[-1].expand(len(z)), grid[-1].expand(len(z))
-        yield State(number + 1, 1.0, solver.step(task.reader, z, *levels, z), levels[1])
+        task.levels.fill_(math.inf)
+        yield solver.step(task.reader, z, finite[-1].expand(len(z)), task.levels, z)
 
 
 def _blocks(task: Draw) -> Callable[[int], Tensor]:
@@ -290,22 +346,25 @@ def _blocks(task: Draw) -> Callable[[int], Tensor]:
     return noise
 
 
+class Drawn(Protocol):
+    """What every sampler returns: the fields of ``Samples``, with others if it has more to say."""
+
+    @property
+    def x(self) -> Tensor: ...
+    @property
+    def evals(self) -> int: ...
+    @property
+    def rounds(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+
+
 class Sampler(Protocol):
     """``Sequential``, ``Parallel`` and their like."""
 
     def __call__(
-        self,
-        denoiser: Denoiser,
-        grid: Tensor,
-        shape: tuple[int, ...],
-        seed: int = 0,
-        *,
-        first: int = 0,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        path: bool = False,
-        watch: Watch | None = None,
-    ) -> Samples: ...
+        self, denoiser: Denoiser, grid: Tensor, shape: tuple[int, ...], seed: int = 0, /, *, first: int = 0, device: torch.device | str = "cpu", watch: Watch | None = None
+    ) -> Drawn: ...  # fmt: skip
 
 
 def in_batches(
@@ -323,7 +382,7 @@ def in_batches(
     then x has fewer rows than were asked for."""
     require(batch >= 1, f"batch = {batch}", "batch >= 1")
     require(shape and shape[0] >= 1, f"shape {tuple(shape)}", "(B, *S) with every size >= 1")
-    done: list[Samples] = []
+    done: list[Drawn] = []
     try:
         for first in range(0, shape[0], batch):
             size = min(batch, shape[0] - first)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from contrastive_diffusion.channel import corrupt
 from contrastive_diffusion.combinators.levels import interpolate
-from contrastive_diffusion.denoisers import Denoiser, check_data, evaluate, like, unit_noise
+from contrastive_diffusion.denoisers import Denoiser, check_data, evaluate, like, take, unit_noise
 from contrastive_diffusion.errors import require
 
 
@@ -41,4 +41,4 @@ def calibrated(denoiser: Denoiser, levels: Tensor, means: Tensor) -> Denoiser:
     def centred(z: Tensor, logsnr: Tensor) -> Tensor:
         return denoiser(z, logsnr) - interpolate(levels, flat, logsnr).to(z.dtype).reshape(z.shape)
 
-    return like(denoiser, centred)
+    return like(denoiser, centred, lambda index: calibrated(take(denoiser, index), levels, means))

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from contrastive_diffusion.denoisers import Denoiser, like
+from contrastive_diffusion.denoisers import Denoiser, like, take
 from contrastive_diffusion.errors import require
 
 
@@ -25,9 +25,9 @@ def guided(conditional: Denoiser, unconditional: Denoiser, weight: float, interv
             return conditional(z, logsnr)
         if len(rows) == len(z):
             return _mix(conditional, unconditional, weight, z, logsnr)
-        return conditional(z, logsnr).index_copy(0, rows, _mix(conditional, unconditional, weight, z[rows], logsnr[rows]))
+        return conditional(z, logsnr).index_copy(0, rows, _mix(take(conditional, rows), take(unconditional, rows), weight, z[rows], logsnr[rows]))
 
-    return like(conditional, denoiser)
+    return like(conditional, denoiser, lambda index: guided(take(conditional, index), take(unconditional, index), weight, interval))
 
 
 def _mix(conditional: Denoiser, unconditional: Denoiser, weight: float, z: Tensor, logsnr: Tensor) -> Tensor:

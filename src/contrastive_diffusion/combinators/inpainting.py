@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from contrastive_diffusion.channel import eps_from_x, noise, per_row, signal, x_from_eps
-from contrastive_diffusion.denoisers import Denoiser, like
+from contrastive_diffusion.denoisers import Denoiser, like, take
 from contrastive_diffusion.errors import require
 
 
@@ -46,7 +46,7 @@ def inpaint(denoiser: Denoiser, known: Tensor, mask: Tensor, iterations: int = 5
             x_hat = _conditioned(denoiser, z, logsnr, target, there, iterations)
         return eps_from_x(z, logsnr, torch.where(there, target, x_hat))
 
-    return like(denoiser, given)
+    return like(denoiser, given, lambda index: inpaint(take(denoiser, index), known[index] if known.dim() > mask.dim() else known, mask, iterations))
 
 
 def _conditioned(denoiser: Denoiser, z: Tensor, logsnr: Tensor, target: Tensor, there: Tensor, iterations: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from contrastive_diffusion.channel import noise, signal
-from contrastive_diffusion.denoisers import Denoiser, evaluate, like
+from contrastive_diffusion.denoisers import Denoiser, evaluate, like, take
 from contrastive_diffusion.errors import require
 from contrastive_diffusion.likelihood import noise_posterior
 from contrastive_diffusion.solvers import Affine
@@ -32,7 +32,7 @@ def relevelled(denoiser: Denoiser, nominal: Tensor, fed: Tensor) -> Denoiser:
     def shifted(z: Tensor, logsnr: Tensor) -> Tensor:
         return denoiser(z, (logsnr.double() + interpolate(nominal, (fed - nominal)[:, None], logsnr)[:, 0]).to(logsnr.dtype))
 
-    return like(denoiser, shifted)
+    return like(denoiser, shifted, lambda index: relevelled(take(denoiser, index), nominal, fed))
 
 
 def interpolate(levels: Tensor, values: Tensor, logsnr: Tensor) -> Tensor:

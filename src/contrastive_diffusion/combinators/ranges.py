@@ -9,7 +9,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from contrastive_diffusion.channel import eps_from_x, per_row, x_from_eps
-from contrastive_diffusion.denoisers import Denoiser, like
+from contrastive_diffusion.denoisers import Denoiser, like, take
 from contrastive_diffusion.errors import require
 
 
@@ -41,4 +41,4 @@ def _through_x(denoiser: Denoiser, change: Callable[[Tensor], Tensor]) -> Denois
     def changed(z: Tensor, logsnr: Tensor, eps_hat: Tensor) -> Tensor:
         return eps_from_x(z, logsnr.double(), change(x_from_eps(z, logsnr.double(), eps_hat)))
 
-    return like(denoiser, lambda z, logsnr: changed(z, logsnr, denoiser(z, logsnr)), changed)
+    return like(denoiser, lambda z, logsnr: changed(z, logsnr, denoiser(z, logsnr)), lambda index: _through_x(take(denoiser, index), change), changed)

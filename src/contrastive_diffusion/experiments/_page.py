@@ -57,6 +57,11 @@ def maps(title: str, x: str, y: str, panels: Sequence[dict[str, Any]], caption: 
     return {"kind": "maps", "title": title, "x": x, "y": y, "panels": list(panels), "caption": caption} | options
 
 
+def heat(title: str, values: str, windows: str, caption: str = "") -> Block:
+    """A map of log10 errors (rounds, steps) of one sample, with its window (rounds, 2) drawn in."""
+    return {"kind": "heat", "title": title, "values": values, "windows": windows, "caption": caption}
+
+
 def numbers(value: Any) -> Any:
     """Nested results as JSON values."""
     if isinstance(value, dict):

@@ -1,9 +1,10 @@
 """What the host decides between rounds, from numbers that may be one round old: which sample is in which lane, and how wide its window is.
 
-A window pays while its frontier moves by an eighth of it per round or its states come nearer to the bound. When neither has happened for
-``PATIENCE`` rounds, a lane first loses the measured slope, then its window shrinks to four times its recent advance; with an advance below two
+A window pays while its frontier moves by a sixteenth of it (and two steps) per round or its states come nearer to the bound. When neither has happened for
+``PATIENCE`` rounds (more at tolerance 0), a lane first loses the measured slope, then its window shrinks to four times its recent advance; with an advance below two
 steps a round there is no gain left, and the lane goes on from its frontier with at most ``PRICE`` evaluations per step: a window wider
-than one step is only tried with what has been saved. So a map that cannot be parallelised costs at most PRICE T + 2 PATIENCE windows.
+than one step is only tried with what has been saved. So a map that cannot be parallelised costs PRICE T and the windows it takes to find out:
+twice PATIENCE and one for each time that its states came nearer by chance.
 """
 
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 PATIENCE = 4  # rounds
+EXACT_PATIENCE = 16  # where not a bit may change, the last ones take their time
 PRICE = 1.2  # evaluations per step when there is no gain left
-NEARER = 0.05  # decades of mean square that count as progress
+NEARER = 0.3  # decades of mean square that count as progress
 
 
 class Lagged:
@@ -33,9 +35,9 @@ class Lagged:
         else:
             self.queue.append((values, None))
 
-    def pop(self) -> np.ndarray | None:
-        """The values pushed ``lag`` pushes ago, None if there are none yet."""
-        if len(self.queue) <= self.lag:
+    def pop(self, wait: bool = False) -> np.ndarray | None:
+        """The values pushed ``lag`` pushes ago, or with ``wait`` the oldest there are; None if there are none yet."""
+        if len(self.queue) <= (0 if wait else self.lag):
             return None
         values, event = self.queue.pop(0)
         if event is not None:
@@ -50,6 +52,8 @@ class Lanes:
     steps: int
     window: int
     adapt: bool
+    measures: bool
+    patience: int
     ids: np.ndarray
     known: np.ndarray
     width: np.ndarray
@@ -61,15 +65,15 @@ class Lanes:
     gained: np.ndarray  # steps since then
 
     @staticmethod
-    def make(count: int, steps: int, window: int, adapt: bool) -> "Lanes":
+    def make(count: int, steps: int, window: int, adapt: bool, measured: bool, patience: int) -> "Lanes":
         zeros = lambda: np.zeros(count, dtype=np.int64)  # noqa: E731
         return Lanes(
-            steps, window, adapt, zeros() - 1, zeros(), zeros() + window, np.ones(count, dtype=bool), np.full(count, np.inf), zeros(), zeros(),
+            steps, window, adapt, measured, patience, zeros() - 1, zeros(), zeros() + window, np.full(count, measured), np.full(count, np.inf), zeros(), zeros(),
             zeros() - 1, zeros(),
         )  # fmt: skip
 
     def load(self, lane: np.ndarray, ids: np.ndarray) -> None:
-        self.ids[lane], self.known[lane], self.width[lane], self.measured[lane], self.best[lane] = ids, 0, self.window, True, np.inf
+        self.ids[lane], self.known[lane], self.width[lane], self.measured[lane], self.best[lane] = ids, 0, self.window, self.measures, np.inf
         self.since[lane], self.waited[lane], self.paid[lane], self.gained[lane] = 0, 0, -1, 0
 
     @property
@@ -86,20 +90,20 @@ class Lanes:
         self.paid += np.where(self.paid >= 0, rows, 0)
         self.gained += np.where(self.paid >= 0, advance, 0)
         if self.adapt:
-            moving = (advance * 8 >= rows) | (far <= self.best - NEARER)
+            moving = (advance >= np.maximum(rows / 16, 2)) | (far <= self.best - NEARER)
             self.best = np.where(moving, np.minimum(self.best, far), self.best)
             self.waited = np.where(moving | (rows <= 1), 0, self.waited + 1)
             self.since = np.where(self.waited == 0, base, self.since)
-            for lane in np.flatnonzero((self.waited >= PATIENCE) & self.active & (self.paid < 0)):
-                self._stalled(lane)
+            for lane in np.flatnonzero((self.waited >= self.patience) & self.active & (self.paid < 0)):
+                self._stalled(int(lane))
             saving = self.paid >= 0
             credit = np.floor(PRICE * self.gained - self.paid).astype(np.int64)
             grown = np.where(advance >= rows, 2 * rows, 2 * advance)
             self.width = np.where(saving, np.clip(np.minimum(grown, credit + 1), 1, self.window), self.width)
 
     def _stalled(self, lane: int) -> None:
-        pace = (self.known[lane] - self.since[lane]) / PATIENCE
-        self.waited[lane], self.since[lane], self.best[lane] = 0, self.known[lane], np.inf
+        pace = (self.known[lane] - self.since[lane]) / self.patience
+        self.waited[lane], self.since[lane] = 0, self.known[lane]
         if self.measured[lane]:
             self.measured[lane] = False
         elif pace >= 2:

@@ -36,7 +36,7 @@ def rounds(window: int, steps: int) -> float:
 
 def plan(evaluator: Evaluator, item: tuple[int, ...], lanes: int, steps: int, logsnr: Tensor, dtype: torch.dtype, device: torch.device) -> Plan:
     """Times ``evaluator`` on lanes, 2 lanes, 4 lanes, ... rows until the budget is spent or more rows cannot pay."""
-    counted = evaluator.rows
+    counted = evaluator.rows, evaluator.reads
     seconds = {lanes: _seconds(evaluator, item, lanes, logsnr, dtype, device)}
     budget = BUDGET * steps * seconds[lanes]
     gains = {1: 1.0}
@@ -46,7 +46,7 @@ def plan(evaluator: Evaluator, item: tuple[int, ...], lanes: int, steps: int, lo
         budget -= 2 * seconds[window * lanes]
         if budget < 0 and window >= 8 and gains[window] < max(gains.values()):
             break
-    evaluator.rows = counted
+    evaluator.rows, evaluator.reads = counted
     best = max(gains, key=lambda w: gains[w])
     gain = gains[best]
     verdict = (

@@ -38,7 +38,7 @@ class Noise:
         step = np.arange(len(lane)) - np.repeat(missing.cumsum() - missing, missing) + np.repeat(self.filled, missing)
         device = self._rows.device
         packed = torch.from_numpy(np.stack([lane, step, ids[lane]])).to(device, non_blocking=True)
-        block = max(1, 2**20 // self._rows.shape[1])
+        block = max(1, 2**17 // self._rows.shape[1])
         for lanes, steps, samples in zip(*(v.split(block) for v in packed), strict=True):
             self._rows[(steps % self.slots) * self.ring.lanes + lanes] = normal(self.seed, samples, steps, self.item, self._rows.dtype).flatten(1)
         self.filled = np.maximum(to, self.filled)

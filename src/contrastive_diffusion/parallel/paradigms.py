@@ -14,7 +14,7 @@ from torch import Tensor
 
 from contrastive_diffusion.denoisers import Denoiser
 from contrastive_diffusion.errors import UsageError, require
-from contrastive_diffusion.parallel.scan import scan, slots_for
+from contrastive_diffusion.parallel.scan import block_of, scan, slots_for
 from contrastive_diffusion.sampling import Round, Samples, Watch, check_finite, prepare
 from contrastive_diffusion.solvers import Solver, StepMap, ddpm
 
@@ -91,5 +91,5 @@ def _sweep(step: StepMap, states: Tensor, noises: Tensor, begin: int) -> Tensor:
     moved[1 : width + 1] = (target - states[1:]).flatten(2).unsqueeze(2)
     keep = moved.new_ones(len(moved), batch, 1)
     keep[0] = 0
-    moved = scan(moved, keep)[: width + 1].view_as(states)
+    moved = scan(moved, keep, block_of(width + 1))[: width + 1].view_as(states)
     return torch.cat([states[:1], target + moved[:-1]])

@@ -60,7 +60,7 @@ class Parareal:
             moved = float((new[-1] - states[-1]).square().flatten(1).mean(1).sqrt().max())
             states = new
             check_finite(states, 0, rounds, first)
-            if 0 < self.tolerance and moved <= self.tolerance:
+            if self.tolerance > 0 and moved <= self.tolerance:
                 break
         return Samples(states[-1], task.counted.rows, rounds, task.clock.seconds(), states if path else None)
 

@@ -4,19 +4,23 @@ The state is replicated and every process does the same arithmetic on it, so one
 sent. The processes must have been given the same task, which is checked once, and a failure in one of them stops all of them.
 """
 
+import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from contrastive_diffusion.denoisers import Denoiser
+from contrastive_diffusion.denoisers import Denoiser, ranged
 from contrastive_diffusion.errors import RunError, UsageError, require
+
+Call = Callable[[Tensor, Tensor], Tensor]
 
 
 class Evaluator:
-    """A denoiser that counts its ``rows`` and calls the real one in chunks.
+    """A denoiser that counts the ``rows`` and the ``reads`` (batches that had to wait for one another), and calls the real one in chunks.
 
     Args:
         max_rows: rows per call and process.
@@ -28,34 +32,53 @@ class Evaluator:
     def __init__(self, denoiser: Denoiser, max_rows: int, fixed: int = 0, dtype: torch.dtype | None = None, group: Any = None):
         self.denoiser, self.max_rows, self.fixed, self.dtype, self.group = denoiser, max_rows, fixed, dtype, group
         self.size, self.rank = (dist.get_world_size(group), dist.get_rank(group)) if group is not None else (1, 0)
-        self.rows, self.error, self.status = 0, None, None
+        self.rows, self.reads = 0, 0
+        self.error: Exception | None = None
+        self.status: Tensor | None = None
 
     def __call__(self, z: Tensor, logsnr: Tensor) -> Tensor:
-        self.rows += len(z)
-        return self._local(z, logsnr) if self.size == 1 else self._shared(z, logsnr)
+        self.rows, self.reads = self.rows + len(z), self.reads + 1
+        return self._everyone(z, logsnr, self._eps)[:, 0]
 
-    def _local(self, z: Tensor, logsnr: Tensor) -> Tensor:
+    def ranged(self, z: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+        """eps_hat and the share of a learned variance, of a denoiser that has one."""
+        self.rows, self.reads = self.rows + len(z), self.reads + 1
+        eps_hat, v = self._everyone(z, logsnr, self._eps_and_range).unbind(1)
+        return eps_hat, v
+
+    def _eps(self, z: Tensor, logsnr: Tensor) -> Tensor:
+        eps_hat = self.denoiser(z, logsnr)
+        require(eps_hat.shape == z.shape, f"a denoiser that returns {tuple(eps_hat.shape)}", f"the shape of z, {tuple(z.shape)}")
+        return eps_hat[:, None]
+
+    def _eps_and_range(self, z: Tensor, logsnr: Tensor) -> Tensor:
+        return torch.stack(ranged(self.denoiser, z, logsnr), 1)
+
+    def _everyone(self, z: Tensor, logsnr: Tensor, call: Call) -> Tensor:
+        return self._local(z, logsnr, call) if self.size == 1 else self._shared(z, logsnr, call)
+
+    def _local(self, z: Tensor, logsnr: Tensor, call: Call) -> Tensor:
+        """Outputs (N, k, *S) of these rows, in chunks."""
         chunk = min(self.max_rows, self.fixed or self.max_rows)
-        parts = [self._call(zs, ls, chunk) for zs, ls in zip(z.split(chunk), logsnr.split(chunk), strict=True)]
+        parts = [self._chunk(zs, ls, chunk, call) for zs, ls in zip(z.split(chunk), logsnr.split(chunk), strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _call(self, z: Tensor, logsnr: Tensor, chunk: int) -> Tensor:
+    def _chunk(self, z: Tensor, logsnr: Tensor, chunk: int, call: Call) -> Tensor:
         rows = len(z)
         if self.fixed and rows < chunk:
             z, logsnr = (torch.cat([v, v[:1].expand(chunk - rows, *v.shape[1:])]) for v in (z, logsnr))
-        eps_hat = self.denoiser(z.to(self.dtype or z.dtype), logsnr.to(self.dtype or logsnr.dtype))
-        require(eps_hat.shape == z.shape, f"a denoiser that returns {tuple(eps_hat.shape)}", f"the shape of z, {tuple(z.shape)}")
-        return eps_hat[:rows].to(z.dtype)
+        return call(z.to(self.dtype or z.dtype), logsnr.to(self.dtype or logsnr.dtype))[:rows].to(z.dtype)
 
-    def _shared(self, z: Tensor, logsnr: Tensor) -> Tensor:
+    def _shared(self, z: Tensor, logsnr: Tensor, call: Call) -> Tensor:
         """This process's share, then everyone's. The last number of each share is 1 where it failed."""
         shares = [len(z) * k // self.size for k in range(self.size + 1)]
-        most, numel = -(-len(z) // self.size), z[0].numel()
+        outputs = 1 if call == self._eps else 2
+        most, numel = -(-len(z) // self.size), outputs * z[0].numel()
         mine = z.new_zeros(most * numel + 1)
         low, high = shares[self.rank], shares[self.rank + 1]
         try:
             if high > low and self.error is None:
-                mine[: (high - low) * numel] = self._local(z[low:high], logsnr[low:high]).flatten()
+                mine[: (high - low) * numel] = self._local(z[low:high], logsnr[low:high], call).flatten()
         except Exception as error:
             self.error = error
         if self.error is not None:
@@ -65,7 +88,7 @@ class Evaluator:
         everyone = everyone.view(self.size, -1)
         self._check(everyone[:, -1])
         parts = [everyone[k, : (b - a) * numel] for k, (a, b) in enumerate(zip(shares, shares[1:], strict=False))]
-        return torch.cat(parts).view_as(z)
+        return torch.cat(parts).view(len(z), outputs, *z.shape[1:])
 
     def _check(self, status: Tensor) -> None:
         """Stops all processes if one failed: at once on a CPU; on a GPU after the next round, so that no round waits for its own status."""
@@ -102,8 +125,6 @@ def same_task(group: Any, task: dict[str, Any]) -> None:
 
 def world(device: str) -> Any:
     """The group of all processes that torchrun started, joined here if need be; None where this is the only one."""
-    import os
-
     if not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     if not dist.is_initialized():
@@ -120,3 +141,8 @@ def agreed(group: Any, value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
     return box[0]
+
+
+def first_process(group: Any) -> bool:
+    """Whether this is the process that writes files and prints."""
+    return group is None or dist.get_rank(group) == 0

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from contrastive_diffusion.parallel.scan import scan, slots_for
+from contrastive_diffusion.parallel.scan import block_of, scan, slots_for
 from contrastive_diffusion.parallel.slopes import Tables
 
 Noise = Callable[[Tensor, Tensor], Tensor]  # sample ids (N,), steps (N,) -> unit noise (N, ...)
@@ -26,7 +26,7 @@ class Ring:
         self, tables: Tables, lanes: int, window: int, memory: int, item: tuple[int, ...], groups: int, dtype: torch.dtype, device: torch.device | str
     ):
         self.tables, self.lanes, self.window, self.item, self.memory = tables, lanes, window, item, memory
-        self.steps, self.slots = len(tables.a), slots_for(window + 1 + memory)
+        self.steps, self.block, self.slots = len(tables.a), block_of(window + 1 + memory), slots_for(window + 1 + memory)
         numel = int(torch.Size(item).numel())
         self.shape = (self.slots, lanes, groups, numel // groups)
         # One row more than the ring: where rows that must go nowhere are written.
@@ -90,7 +90,7 @@ class Ring:
             given: states (T + 1, B, *S) to take instead.
         """
         t, end = self.tables, torch.maximum(self.end, torch.minimum(self.base + self.width, torch.full_like(self.base, self.steps)))
-        count = slots_for(most + 1)
+        count = slots_for(most + 1, self.block)
         j = torch.arange(count, device=self.base.device)[:, None]
         i = self.end + j  # the state; it is reached by step i - 1
         step, known = (i - 1).clamp(0, self.steps - 1), (self.end - 1).clamp(min=0)
@@ -106,7 +106,7 @@ class Ring:
         before = t.signal[self.end.clamp(max=self.steps - 1)].to(dtype)[:, None, None]
         y[0] = self._x[self.row(self.end)] - before * x_hat
         factor = torch.where(j > 0, hold, 0.0).to(dtype)[..., None].expand(*y.shape[:3])
-        states = scan(y, factor)
+        states = scan(y, factor, self.block)
         states += t.after[step].to(dtype)[..., None, None] * x_hat
         if given is not None:
             states = given[i.clamp(max=self.steps), self.lane].reshape(states.shape).to(dtype)

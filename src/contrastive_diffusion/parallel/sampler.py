@@ -22,7 +22,8 @@ Guess = Literal["gauss", "constant"] | Tensor
 class ParallelSamples:
     """x (B, *S); ``evals``, ``rounds``, ``seconds``, ``path`` as in ``Samples``.
 
-    ``sample_evals``, ``sample_rounds`` (B,): of each sample while it was in flight. ``defect`` (B,), with ``verify``: the largest root mean
+    ``sample_evals``, ``sample_rounds`` (B,): of each sample while it was in flight (of solvers with several
+    evaluations a step: with all of them at every step). ``defect`` (B,), with ``verify``: the largest root mean
     square defect of a step of the accepted path, in units of the DDPM posterior's std of that step. ``notes``: what was decided on the
     way, one line each. ``gain``: predicted latency of the sequential sampler over this one's, with ``window="auto"``.
     """
@@ -47,7 +48,7 @@ class Parallel:
     Args:
         solver: any that a step of depends on known steps only.
         slope: one of ``SLOPES``; "secant" is measured and free.
-        window: steps of a sample worked on at once; None is the whole grid; "auto" times the denoiser and takes the window with the largest
+        window: steps of a sample worked on at once, by default 64 or all of a shorter grid; "all" is the whole grid; "auto" times the denoiser and takes the window with the largest
             predicted gain (so the result may differ between machines, within the tolerance).
         tolerance: a state is accepted when the error that the defects of the steps before it add up to, root mean square, is at most
             ``tolerance`` standard deviations of the DDPM posterior of the step that leads to it, or what rounding makes of it. 0: not a bit may
@@ -63,8 +64,8 @@ class Parallel:
 
     solver: Solver
     slope: str = "secant"
-    window: int | Literal["auto"] | None = 64
-    tolerance: float = 0.05
+    window: int | Literal["all", "auto"] | None = None
+    tolerance: float = 0.02
     per_channel: bool = False
     anderson: int = 0
     lanes: int | None = None
@@ -76,12 +77,8 @@ class Parallel:
 
     def __post_init__(self):
         choose(self.slope, SLOPES, "slope")
-        whole = self.window is None or self.window == "auto"
-        require(
-            whole or (isinstance(self.window, int) and self.window >= 1),
-            f"window = {self.window!r}",
-            "window >= 1, 'auto', or None for the whole grid",
-        )
+        named = self.window in (None, "all", "auto")
+        require(named or (isinstance(self.window, int) and self.window >= 1), f"window = {self.window!r}", "window >= 1, 'all', 'auto' or None")
         require(self.tolerance >= 0 and math.isfinite(self.tolerance), f"tolerance = {self.tolerance}", "a finite tolerance >= 0")
         require(0 <= self.anderson <= 8, f"anderson = {self.anderson}", "0 to 8 earlier rounds")
         require(self.lanes is None or self.lanes >= 1, f"lanes = {self.lanes}", "lanes >= 1, or None for all samples")
@@ -120,8 +117,8 @@ class Parallel:
         while task.round(watch, trace):
             pass
         task.evaluator.finish()
-        seconds, evals = task.clock.seconds(), task.evaluator.rows
+        seconds, evals, reads = task.clock.seconds(), task.evaluator.rows, task.evaluator.reads
         defect = task.verify() if verify else None
-        each = [torch.from_numpy(v) for v in (task.sample_evals, task.sample_rounds)]
+        sample_evals, sample_rounds = torch.from_numpy(task.sample_evals), torch.from_numpy(task.sample_rounds)
         kept = task.states() if path else None
-        return ParallelSamples(task.x, evals, task.rounds, seconds, kept, *each, task.window, defect, task.gain, tuple(task.notes))
+        return ParallelSamples(task.x, evals, reads, seconds, kept, sample_evals, sample_rounds, task.window, defect, task.gain, tuple(task.notes))

@@ -5,24 +5,25 @@ import math
 from torch import Tensor
 
 
-def slots_for(size: int) -> int:
-    """The smallest ring of at least ``size`` slots that splits into equal blocks of about its square root."""
-    length = max(1, math.isqrt(size))
+def slots_for(size: int, length: int | None = None) -> int:
+    """The smallest ring of at least ``size`` slots that splits into equal blocks of ``length``, about its square root by default."""
+    length = length or block_of(size)
     return -(-size // length) * length
 
 
-def scan(r: Tensor, m: Tensor) -> Tensor:
+def block_of(size: int) -> int:
+    """The length of a block."""
+    return max(1, math.isqrt(size))
+
+
+def scan(r: Tensor, m: Tensor, length: int) -> Tensor:
     """Solves the recursion in place in r (P, B, C, E) and returns it; m (P, B, C) multiplies what arrives at a slot.
 
-    The ring is cyclic: every lane needs one slot with m = 0, from which it starts. Blocks of about sqrt(P) slots run side by side, then their
-    ends are joined, so about 4 sqrt(P) operations do it, in an order that depends on P alone. Where all r up to a slot are zero the
+    The ring is cyclic: every lane needs one slot with m = 0, from which it starts. Blocks of ``length`` slots run side by side, then their
+    ends are joined, so about 4 sqrt(P) operations do it, in an order that depends on ``length`` alone. Where all r up to a slot are zero the
     result there is exactly zero, which is what makes a round exact at its frontier.
     """
-    slots = len(r)
-    length = max(1, math.isqrt(slots))
-    while slots % length:
-        length -= 1
-    blocks, factor = r.view(slots // length, length, *r.shape[1:]), m.view(slots // length, length, *m.shape[1:])
+    blocks, factor = (v.reshape(len(r) // length, length, *v.shape[1:]) for v in (r, m))
     for t in range(1, length):
         blocks[:, t].addcmul_(factor[:, t, ..., None], blocks[:, t - 1])
     reach = factor.cumprod(1)  # what is left at a slot of the value that entered its block

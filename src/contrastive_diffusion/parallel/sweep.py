@@ -73,7 +73,7 @@ def correct(ring: Ring, step: StepMap, noise: Noise | None, slope: Slope, measur
     factor = _slopes(ring, index, inside, slope, measured)
     arrives, factor = inside.roll(1, 0), (factor * inside[..., None]).roll(1, 0)
     _targets(ring, step, noise, index, arrives)
-    d = scan(ring.out_old, factor)
+    d = scan(ring.out_old, factor, ring.block)
     reached = index.roll(1, 0)  # the step that leads to the state of a slot
     error, size = _measure(ring, rule, d)
     new = ring.x_old

@@ -12,20 +12,22 @@ from contrastive_diffusion.denoisers import Denoiser
 from contrastive_diffusion.errors import RunError, choose, require
 from contrastive_diffusion.parallel import cost
 from contrastive_diffusion.parallel.anderson import Anderson
-from contrastive_diffusion.parallel.control import Lagged, Lanes
+from contrastive_diffusion.parallel.control import EXACT_PATIENCE, PATIENCE, Lagged, Lanes
 from contrastive_diffusion.parallel.noise import Noise
 from contrastive_diffusion.parallel.processes import Evaluator, agreed, same_task
 from contrastive_diffusion.parallel.ring import Ring
 from contrastive_diffusion.parallel.slopes import SLOPES, tables
 from contrastive_diffusion.parallel.sweep import FAR, Rule, correct, read
 from contrastive_diffusion.parallel.trace import Trace
-from contrastive_diffusion.sampling import START, Clock, Round, Watch, normal
+from contrastive_diffusion.sampling import START, Clock, Round, Watch, check_levels, normal
 from contrastive_diffusion.solvers import StepMap
 
 if TYPE_CHECKING:
     from contrastive_diffusion.parallel.sampler import Guess, Parallel
 
 KAPPA = 4.0  # roundings that a state may differ by and still stand still
+DEFAULT_WINDOW = 64
+LAG = {"cpu": 0}  # rounds by which the host knows the frontiers late; 1 on devices that it must not wait for
 
 
 class Task:
@@ -39,6 +41,7 @@ class Task:
         require(item and min(count, *item) >= 1, f"shape {tuple(shape)}", "(B, *S) with every size >= 1")
         require(seed >= 0 and first >= 0, f"seed {seed}, first {first}", "both >= 0")
         require(dtype in (torch.float32, torch.float64), f"states in {dtype}", "float32 or float64", "precision=... is the denoiser's dtype")
+        check_levels(options.solver, denoiser, grid)
         self.options, self.count, self.item, self.seed, self.first, self.dtype, self.device = (
             options,
             count,
@@ -59,11 +62,12 @@ class Task:
         self.window, self.gain = self._window(lanes, steps)
         self.evaluator.fixed = min(options.max_rows, -(-lanes * self.window // self.evaluator.size)) if options.static_rows else 0
         groups = item[0] if options.per_channel and len(item) > 1 else 1
-        self.lag = int(self.device.type == "cuda")
+        self.lag = LAG.get(self.device.type, 1)
         self.ring = Ring(self.tables, lanes, self.window, self.step.memory, item, groups, dtype, device)
         noisy = self.step.solver.noisy
         self.noise = Noise(self.ring, seed, self.step.solver.draws, (1 + self.lag) * self.window) if noisy else None
-        self.host, self.lagged = Lanes.make(lanes, steps, self.window, options.fallback), Lagged(self.lag)
+        patience = PATIENCE if options.tolerance else EXACT_PATIENCE
+        self.host, self.lagged = Lanes.make(lanes, steps, self.window, options.fallback, self.slope.measured, patience), Lagged(self.lag)
         self.rule = self._rule()
         self.anderson = Anderson(self.ring, options.anderson) if options.anderson else None
         self.given = guess if isinstance(guess, Tensor) else None
@@ -81,11 +85,12 @@ class Task:
     def _check_window(self, steps: int) -> None:
         window = self.options.window
         if isinstance(window, int):
-            require(window <= steps, f"window = {window}", f"at most the {steps} steps of the grid", "window=None is the whole grid")
+            require(window <= steps, f"window = {window}", f"at most the {steps} steps of the grid", "window='all' is the whole grid")
 
     def _window(self, lanes: int, steps: int) -> tuple[int, float | None]:
-        if self.options.window != "auto":
-            return self.options.window or steps, None
+        window = self.options.window
+        if window != "auto":
+            return min(DEFAULT_WINDOW, steps) if window is None else steps if window == "all" else window, None
         plan = agreed(self.options.group, cost.plan(self.evaluator, self.item, lanes, steps, self.step.logsnr, self.dtype, self.device))
         self.notes.append(plan.words)
         if plan.gain <= 1:
@@ -151,7 +156,7 @@ class Task:
             return self._settle()
         self.rounds += 1
         ids = self.host.ids[rows > 0]
-        self.sample_evals[ids] += rows[rows > 0] * (self.options.solver.evals if self.step.table is None else 1)
+        self.sample_evals[ids] += rows[rows > 0] * self.options.solver.evals
         self.sample_rounds[ids] += 1
         read(self.ring, self.step, self.noise, j, lane)
         measured = torch.from_numpy(self.host.measured.copy()).to(self.device, non_blocking=True)
@@ -172,9 +177,9 @@ class Task:
             self.clock.paused(watch, self._seen)
         return True
 
-    def _listen(self) -> None:
+    def _listen(self, wait: bool = False) -> None:
         """What the host learns, maybe one round late, and does about it."""
-        known = self.lagged.pop()
+        known = self.lagged.pop(wait)
         if known is not None:
             rows, ids = self._asked.pop(0)
             ours = (ids >= 0) & (ids == self.host.ids)  # not of lanes that have a new sample since
@@ -203,7 +208,7 @@ class Task:
         """Rounds that the host has not heard of yet; True if there is more to do."""
         if not self._asked:
             return False
-        self._listen()
+        self._listen(wait=True)
         return True
 
     def _check(self, broken: np.ndarray) -> None:

@@ -33,7 +33,7 @@ class Trace:
             base, after = int(ring.base[lane]), int(outcome.base[lane])
             width = int(ring.steps_left()[lane])
             slots = (base + torch.arange(width + 1, device=ring.base.device)) % ring.slots
-            found = {"round": number, "sample": int(sample) + first, "base": base, "after": after}
+            found: dict[str, Any] = {"round": number, "sample": int(sample) + first, "base": base, "after": after}
             found["error"] = outcome.error[slots[1:], lane].double().sqrt().cpu()
             found["slope"] = ring.slope[slots[:-1], lane].double().mean(-1).cpu()
             if self.states:

@@ -127,6 +127,23 @@ def maps(block: dict[str, Any], arrays: Arrays) -> Figure:
     return figure
 
 
+def heat(block: dict[str, Any], arrays: Arrays) -> Figure:
+    """Rounds downwards, steps to the right, the errors of one sample, and the window that its rounds worked in."""
+    figure = Figure(figsize=(8.2, 3.2))
+    axes = figure.subplots()
+    values, windows = arrays[block["values"]], arrays[block["windows"]]
+    rounds, steps = values.shape
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis", vmin=-5, vmax=1, extent=(0, steps, rounds + 0.5, 0.5))
+    number = np.arange(1, rounds + 1)
+    for edge, label in ((0, "frontier"), (1, "end of the window")):
+        axes.plot(windows[:, edge], number, color=COLOURS[1], lw=1.4, ls="-" if edge == 0 else "--", label=label)
+    axes.set(xlabel="step", ylabel="round", xlim=(0, steps))
+    axes.grid(False)
+    axes.legend(fontsize=8, loc="upper right", labelcolor="#111111", facecolor="white", frameon=True, framealpha=0.8)
+    figure.colorbar(image, ax=axes, label="log10 error")
+    return figure
+
+
 def images(block: dict[str, Any], arrays: Arrays) -> Figure:
     """Panels of images (n, C, H, W) in [-1, 1], each a grid of at most ``rows`` x ``columns`` with a line of grey between them."""
     columns = block["columns"]
@@ -163,4 +180,4 @@ def _finish(axes: Axes, block: dict[str, Any]) -> None:
         axes.set_ylim(*block["ylim"])
 
 
-FIGURES: dict[str, Callable[[dict[str, Any], Arrays], Figure]] = {"images": images, "lines": lines, "maps": maps, "scatter": scatter}
+FIGURES: dict[str, Callable[[dict[str, Any], Arrays], Figure]] = {"heat": heat, "images": images, "lines": lines, "maps": maps, "scatter": scatter}

@@ -85,6 +85,10 @@ class Run:
             checkpoints.save(path, *make())
         return checkpoints.load(path)
 
+    def write(self, name: str, text: str) -> None:
+        """A text file of the folder, whole or not at all."""
+        write_atomic(self.path / name, text)
+
     def write_results(self, results: dict[str, Any], arrays: dict[str, Tensor]) -> None:
         """results.json (with its schema version) and arrays.safetensors, what a report is made of."""
         checkpoints.save(self.path / "arrays.safetensors", {k: v.contiguous() for k, v in arrays.items()}, {})

@@ -15,6 +15,7 @@ from torch.nn.functional import logsigmoid
 from contrastive_diffusion.channel import per_row
 from contrastive_diffusion.denoisers import Denoiser
 from contrastive_diffusion.errors import RunError, require
+from contrastive_diffusion.solvers.contract import of_rows
 from contrastive_diffusion.solvers.sde import SdeHeun
 
 SHORTEST = 1e-7  # nats of log-SNR; a step that must be shorter is a denoiser that is not smooth
@@ -71,7 +72,7 @@ class _Walker:
         """One step of ``rows``, each accepted or not; step sizes follow."""
         z, start = self.z[rows], self.logsnr[rows]
         stop = self._reveal(rows, start, (start + self.size[rows]).clamp(max=end), noise)
-        euler, heun = self.solver.inner.both(denoiser, z, start, stop, self.pieces[self.depth[rows] - 1, rows])
+        euler, heun = self.solver.inner.both(of_rows(denoiser, rows, self.z), z, start, stop, self.pieces[self.depth[rows] - 1, rows])
         size = torch.maximum(euler.abs(), self.before[rows]) * self.solver.relative
         error = ((euler - heun) / size.clamp(min=self.solver.absolute)).double().flatten(1).square().mean(1).sqrt()
         if not bool(error.isfinite().all()):

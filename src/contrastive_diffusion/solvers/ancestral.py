@@ -1,6 +1,6 @@
 """DDPM and DDIM: one-step solvers on the variance-preserving channel, and their accelerations of second order."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, overload
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 from contrastive_diffusion.channel import noise, per_row, signal
 from contrastive_diffusion.denoisers import Denoiser, ranged
 from contrastive_diffusion.errors import choose, require
-from contrastive_diffusion.solvers.contract import Affine, Coefficients, Solver
+from contrastive_diffusion.solvers.contract import Affine, Coefficients, Solver, of_rows
 
 
 @overload
@@ -95,7 +95,7 @@ class DDIM2:
     the one to +inf are DDIM's.
     """
 
-    grid: Tensor | None = None
+    grid: Tensor | None = field(default=None, compare=False, repr=False)
     name: str = "ddim2"
     order: int = 2
     evals: int = 2
@@ -117,7 +117,7 @@ class DDIM2:
         if not len(rows):
             return out
         levels = self.grid[index[rows] - 1], logsnr[rows], logsnr_next[rows]
-        return out.index_copy(0, rows, _corrected(denoiser, z[rows], eps_hat[rows], *levels))
+        return out.index_copy(0, rows, _corrected(of_rows(denoiser, rows, z), z[rows], eps_hat[rows], *levels))
 
 
 def _corrected(denoiser: Denoiser, z: Tensor, eps_hat: Tensor, before: Tensor, logsnr: Tensor, logsnr_next: Tensor) -> Tensor:

@@ -17,11 +17,16 @@ import torch
 from torch import Tensor
 
 from contrastive_diffusion.channel import noise, per_row, signal
-from contrastive_diffusion.denoisers import Denoiser
+from contrastive_diffusion.denoisers import Denoiser, take
 from contrastive_diffusion.errors import UsageError, require
 
 Coefficients = tuple[Tensor, Tensor, Tensor]
 Output = Literal["eps", "x"]
+
+
+def of_rows(denoiser: Denoiser, rows: Tensor, z: Tensor) -> Denoiser:
+    """The denoiser for ``rows`` of z only, with their labels if it is bound to some."""
+    return denoiser if len(rows) == len(z) else take(denoiser, rows)
 
 
 class Solver(Protocol):
@@ -116,6 +121,7 @@ class StepMap:
         self.table = solver.table(grid) if isinstance(solver, Affine | Multistep) else None
         self.output: Output = solver.output if isinstance(solver, Affine | Multistep) else "eps"
         self.memory = self.table[1].shape[1] - 1 if self.table else 0
+        self._narrowed: tuple[Tensor, ...] = ()
         self._rows = _Rows(self.logsnr, self.table, self.output)
 
     def __len__(self) -> int:
@@ -123,7 +129,8 @@ class StepMap:
 
     def read(self, z: Tensor, i: Tensor | int) -> Tensor:
         """The output at z (N, *S), one evaluation: eps_hat, or x_hat where ``output`` is "x"."""
-        eps_hat = self.denoiser(z, self._level(self.logsnr, z, i).to(z.dtype))
+        level = self._narrow(z.dtype)[i].expand(len(z)) if isinstance(i, int) else self.logsnr[i].to(z.dtype)
+        eps_hat = self.denoiser(z, level)
         if self.output == "eps":
             return eps_hat
         p, r = self._rows.to_x(i, z)
@@ -134,8 +141,10 @@ class StepMap:
         a, b, c = self._rows.coefficients(i, z)
         total = a * z
         for weight, output in zip(b, outputs, strict=False):
-            total = total + weight * output
-        return total + c * noise if self.solver.noisy else total
+            total += weight * output
+        if self.solver.noisy:
+            total += c * noise
+        return total
 
     def __call__(self, z: Tensor, i: Tensor | int, noise: Tensor) -> Tensor:
         """One step of each row, for one-step maps."""
@@ -145,6 +154,12 @@ class StepMap:
         if self.table is not None:
             return self.combine(z, i, (self.read(z, i),), noise)
         return self.solver.step(self.denoiser, z, self._level(self.logsnr, z, i), self._level(self.logsnr_next, z, i), noise)
+
+    def _narrow(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The levels of the steps in the state's type, one by one."""
+        if not self._narrowed or self._narrowed[0].dtype != dtype:
+            self._narrowed = self.logsnr.to(dtype).unbind(0)
+        return self._narrowed
 
     def _level(self, levels: Tensor, z: Tensor, i: Tensor | int) -> Tensor:
         return levels[i].expand(len(z)) if isinstance(i, int) else levels[i]

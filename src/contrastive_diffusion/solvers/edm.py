@@ -1,7 +1,7 @@
 """EDM's samplers: Euler and Heun in sigma, with or without churn (Karras et al. 2022)."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from contrastive_diffusion.channel import per_row, sigma_of_logsnr, signal
 from contrastive_diffusion.denoisers import Denoiser
 from contrastive_diffusion.errors import require
 from contrastive_diffusion.solvers.ancestral import ddim_coefficients
-from contrastive_diffusion.solvers.contract import Affine, Coefficients
+from contrastive_diffusion.solvers.contract import Affine, Coefficients, of_rows
 
 LARGEST = math.sqrt(2) - 1  # EDM's bound on the relative increase of sigma in one step
 
@@ -47,7 +47,7 @@ class Heun:
         rows = logsnr_next.isfinite().nonzero().squeeze(1)
         if not len(rows):
             return euler
-        corrector = denoiser(euler[rows], logsnr_next[rows].to(z.dtype))
+        corrector = of_rows(denoiser, rows, z)(euler[rows], logsnr_next[rows].to(z.dtype))
         trapezoid = a[rows] * z[rows] + b[rows] * (0.5 * (eps_hat[rows] + corrector))
         return euler.index_copy(0, rows, trapezoid)
 
@@ -66,7 +66,8 @@ class Churned:
     s_min: float
     s_max: float
     s_noise: float
-    steps: int | None = None
+    grid: Tensor | None = field(default=None, compare=False, repr=False)
+    table: Tensor | None = field(default=None, compare=False, repr=False)
     draws: int = 1
     alone: str = ""
     between: bool = True
@@ -88,24 +89,25 @@ class Churned:
         return self.churn > 0
 
     def on(self, grid: Tensor) -> "Churned":
-        return replace(self, steps=len(grid) - 1)
+        logsnr = grid[:-1].double()
+        gamma = self.gamma(logsnr, len(logsnr))
+        raised = logsnr - 2 * torch.log1p(gamma)
+        spread = self.s_noise * signal(raised) * sigma_of_logsnr(logsnr) * (gamma * (2 + gamma)).sqrt()
+        return replace(self, grid=grid, table=torch.stack([raised, signal(raised) / signal(logsnr), spread]))
 
     def step(self, denoiser: Denoiser, z: Tensor, logsnr: Tensor, logsnr_next: Tensor, noise: Tensor) -> Tensor:
         if not self.noisy:
             return self.inner.step(denoiser, z, logsnr, logsnr_next, noise)
-        require(self.steps is not None, "one step of a churned solver", "a whole grid: churn is spread over its steps", "use StepMap or a sampler")
-        gamma = self.gamma(logsnr)
-        raised = logsnr - 2 * torch.log1p(gamma)
-        after = signal(raised)
-        spread = self.s_noise * after * sigma_of_logsnr(logsnr) * (gamma * (2 + gamma)).sqrt()
-        z = per_row(after / signal(logsnr), z) * z + per_row(spread, z) * noise
-        return self.inner.step(denoiser, z, raised, logsnr_next, noise)
+        require(self.grid is not None, "one step of a churned solver", "a whole grid: churn is spread over its steps", "use StepMap or a sampler")
+        assert self.grid is not None
+        assert self.table is not None
+        raised, scale, spread = self.table[:, torch.searchsorted(self.grid, logsnr.contiguous())]
+        return self.inner.step(denoiser, per_row(scale, z) * z + per_row(spread, z) * noise, raised, logsnr_next, noise)
 
-    def gamma(self, logsnr: Tensor) -> Tensor:
-        """Relative increase of sigma before the step from each logsnr, float64."""
-        assert self.steps is not None
+    def gamma(self, logsnr: Tensor, steps: int) -> Tensor:
+        """Relative increase of sigma before each of ``steps`` steps, from logsnr (T,), float64."""
         sigma = sigma_of_logsnr(logsnr)
-        return ((sigma >= self.s_min) & (sigma <= self.s_max)).double() * min(self.churn / self.steps, LARGEST)
+        return ((sigma >= self.s_min) & (sigma <= self.s_max)).double() * min(self.churn / steps, LARGEST)
 
 
 def edm(churn: float = 0.0, s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0, second: bool = True) -> Churned:

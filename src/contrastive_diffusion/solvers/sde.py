@@ -15,7 +15,7 @@ from contrastive_diffusion.channel import noise as noise_scale
 from contrastive_diffusion.channel import per_row, sigma_of_logsnr, signal
 from contrastive_diffusion.denoisers import Denoiser
 from contrastive_diffusion.errors import choose, require
-from contrastive_diffusion.solvers.contract import Affine, Coefficients
+from contrastive_diffusion.solvers.contract import Affine, Coefficients, of_rows
 
 
 def euler_maruyama(sde: str = "vp") -> Affine:
@@ -69,10 +69,10 @@ class PredictorCorrector:
         rows = logsnr_next.isfinite().nonzero().squeeze(1)
         if not len(rows):
             return out
-        level, at = logsnr_next[rows].to(z.dtype), out[rows]
+        level, at, corrector = logsnr_next[rows].to(z.dtype), out[rows], of_rows(denoiser, rows, z)
         scale = per_row(2 * self.snr * noise_scale(logsnr_next[rows]), z)
         for k in range(1, self.draws):
-            at = at - self.snr * scale * denoiser(at, level) + scale * noise[rows, k]
+            at = at - self.snr * scale * corrector(at, level) + scale * noise[rows, k]
         return out.index_copy(0, rows, at)
 
 
@@ -115,7 +115,7 @@ class SdeHeun:
         euler = euler.index_copy(0, rows, euler[rows] + increment[rows])
         at, level = euler[rows], logsnr_next[rows]
         step = per_row((logsigmoid(level) - logsigmoid(logsnr[rows])), z)
-        drift = 0.5 * at - denoiser(at, level.to(z.dtype)) / per_row(noise_scale(level), z)
+        drift = 0.5 * at - of_rows(denoiser, rows, z)(at, level.to(z.dtype)) / per_row(noise_scale(level), z)
         again = z[rows] + step * drift + increment[rows]
         return euler, euler.index_copy(0, rows, 0.5 * (at + again))
 

@@ -1,0 +1,185 @@
+"""Solvers: what a step costs beside the network, against diffusers' schedulers, and how error falls with evaluations.
+
+"overhead": process time of a whole sampling loop whose denoiser costs nothing, ours over theirs, interleaved, median of the
+repeats (needs the extra "diffusers", skipped without it). "error": distance of each solver's samples from the exact solution, on Dino
+and a mixture in 64 dimensions with their exact denoisers: for deterministic solvers the root mean square distance to the exact end of
+the same start (a fine run of the third-order solver); for noisy ones, which have no such end, the Frechet distance of the first two moments
+to the closed form.
+
+python benchmarks/solvers.py [--quick] [--out benchmarks/results/solvers.json]
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrastive_diffusion import schedules, solvers
+from contrastive_diffusion.data.mixtures import GaussianMixture
+from contrastive_diffusion.data.toys import dino
+from contrastive_diffusion.files import write_atomic
+from contrastive_diffusion.metrics import frechet
+from contrastive_diffusion.runs import environment, tune_process
+from contrastive_diffusion.sampling import START, Sequential, normal, walk
+from contrastive_diffusion.solvers import StepMap
+
+SHAPES = ((16, 2), (4, 3, 32, 32), (16, 3, 32, 32), (64, 3, 32, 32))
+EVALS = (5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+def mixture64() -> GaussianMixture:
+    """Ten components in 64 dimensions, stds between 0.05 and 0.5."""
+    generator = torch.Generator().manual_seed(64)
+    return GaussianMixture(torch.randn(10, 64, generator=generator), 0.05 * 10 ** torch.rand(10, 64, generator=generator))
+
+
+def pairs() -> dict[str, tuple[str, Callable[[], Any]]]:
+    """Our solver and grid, and their scheduler, whose steps do the same arithmetic."""
+    import diffusers  # pyright: ignore[reportMissingImports]
+
+    base: dict[str, Any] = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+    return {
+        "ddpm": ("leading", lambda: diffusers.DDPMScheduler(**base, clip_sample=False)),
+        "ddim": ("leading", lambda: diffusers.DDIMScheduler(**base, clip_sample=False)),
+        "ddim:eta=1.0": ("leading", lambda: diffusers.DDIMScheduler(**base, clip_sample=False)),
+        "heun": ("karras", lambda: diffusers.HeunDiscreteScheduler(**base, use_karras_sigmas=True)),
+        "edm:churn=40,second=false": ("karras", lambda: diffusers.EDMEulerScheduler()),
+        "dpmpp": ("trailing", lambda: diffusers.DPMSolverMultistepScheduler(**base, timestep_spacing="trailing")),
+        "dpmpp-sde": (
+            "trailing",
+            lambda: diffusers.DPMSolverMultistepScheduler(**base, timestep_spacing="trailing", algorithm_type="sde-dpmsolver++"),
+        ),
+    }
+
+
+def theirs(make: Callable[[], Any], out: Tensor, steps: int, options: dict[str, Any]) -> None:
+    """Their loop, as their pipelines write it, with a network that returns ``out``."""
+    scheduler, generator = make(), torch.Generator().manual_seed(0)
+    scheduler.set_timesteps(steps)
+    z = torch.randn(out.shape, generator=generator) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        scheduler.scale_model_input(z, t)
+        z = scheduler.step(out, t, z, generator=generator, **options).prev_sample
+
+
+def overhead(spec: str, grid: str, make: Callable[[], Any], shape: tuple[int, ...], steps: int, repeats: int) -> dict[str, Any]:
+    """Microseconds per step of both, in turns."""
+    out, solver = torch.randn(shape) * 0.01, solvers.solver(spec)
+    levels, options = schedules.named_grid(grid, steps), {"eta": 1.0} if "eta" in spec else {"s_churn": 40.0} if "churn" in spec else {}
+    if spec.startswith(("heun", "dpmpp")) and not spec.endswith("sde"):
+        accepted = {} if spec == "heun" else options
+        options = accepted
+    runs: dict[str, Callable[[], Any]] = {
+        "ours": lambda: Sequential(solver)(lambda z, logsnr: out[: len(z)], levels, shape),
+        "theirs": lambda: theirs(_without_generator(make) if spec == "heun" else make, out, steps, options),
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            times[name].append((time.process_time() - start) / steps * 1e6)
+    ours, other = (statistics.median(times[name][1:]) for name in ("ours", "theirs"))
+    return {"solver": spec, "shape": "x".join(map(str, shape)), "ours us/step": ours, "theirs us/step": other, "ratio": ours / other}
+
+
+def _without_generator(make: Callable[[], Any]) -> Callable[[], Any]:
+    """Their Heun scheduler takes no generator."""
+
+    class Plain:
+        def __init__(self):
+            self.scheduler = make()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.scheduler, name)
+
+        def step(self, out: Tensor, t: Any, z: Tensor, generator: Any = None) -> Any:
+            return self.scheduler.step(out, t, z)
+
+    return Plain
+
+
+def moments(law: GaussianMixture) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and covariance (d, d) of a mixture."""
+    w = law.log_weights.exp()[:, None]
+    mean = (w * law.means).sum(0)
+    spread = law.means - mean
+    return mean, (w * law.stds.square()).sum(0).diag() + (w * spread).T @ spread
+
+
+def errors(law: GaussianMixture, name: str, evals: int, n: int, truth: Tensor, levels: Callable[[int], Tensor]) -> dict[str, Any]:
+    """One point of a curve."""
+    solver = solvers.SOLVERS[name]()
+    drawn = Sequential(solver)(law, levels(solvers.steps_for(solver, evals)), (n, law.means.shape[1]), seed=0, dtype=torch.float64)
+    x, (mean, cov) = drawn.x, moments(law)
+    return {
+        "solver": name, "evals": drawn.evals / n, "flow rms": None if solver.noisy else float((x - truth).square().mean().sqrt()),
+        "moments": math.sqrt(max(frechet(mean, cov, x.mean(0), x.T.cov()), 0.0)),
+    }  # fmt: skip
+
+
+def exact_end(law: GaussianMixture, n: int, levels: Callable[[int], Tensor], steps: int) -> Tensor:
+    """Where the exact flow takes the start of seed 0, to many digits more than is compared."""
+    start = normal(0, torch.arange(n), torch.full((n,), START), (law.means.shape[1],), torch.float64)
+    *_, last = walk(StepMap(solvers.eab(3), law, levels(steps)), start, lambda i: start)
+    return last
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer evaluations, shapes and repeats")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    tune_process()
+    found: dict[str, Any] = {"overhead": [], "error": {}}
+    try:
+        known = pairs()
+    except ImportError:
+        known = {}
+        print("diffusers is not installed: no overhead measured; pip install 'contrastive-diffusion[diffusers]'")
+    for shape in SHAPES[:2] if options.quick else SHAPES:
+        for spec, (grid, make) in known.items():
+            row = overhead(spec, grid, make, shape, 50, 5 if options.quick else 21)
+            found["overhead"].append(row)
+            _print(row, len(found["overhead"]) == 1)
+    levels: Callable[[int], Tensor] = lambda steps: schedules.grid(schedules.uniform(-9.0, 12.0), steps)  # noqa: E731
+    for law_name, law, n in (("dino", dino(), 500), ("mixture64", mixture64(), 200)):
+        n = 100 if options.quick else n
+        truth = exact_end(law, n, levels, 1000 if options.quick else 3000)
+        reference = law.sample(n, torch.Generator().manual_seed(1), torch.float64)
+        floor = math.sqrt(max(frechet(*moments(law), reference.mean(0), reference.T.cov()), 0.0))
+        rows = [
+            errors(law, name, evals, n, truth, levels)
+            for name in solvers.SOLVERS
+            if name != "adaptive"
+            for evals in (EVALS[:4] if options.quick else EVALS)
+        ]
+        found["error"][law_name] = {"moments of true samples": floor, "samples": n, "rows": rows}
+        print(f"\n{law_name}: flow rms error (deterministic) or moment error (noisy; of true samples {floor:.3g}) at evaluations a sample")
+        for name in solvers.SOLVERS:
+            own = [row for row in rows if row["solver"] == name]
+            if own:
+                print(
+                    f"  {name:<15}"
+                    + "  ".join(f"{row['evals']:5.0f}: {(row['moments'] if row['flow rms'] is None else row['flow rms']):<8.3g}" for row in own)
+                )
+    if options.out:
+        about = environment() | {"command": f"python benchmarks/solvers.py{' --quick' * options.quick} --out {options.out}"}
+        write_atomic(options.out, json.dumps({"environment": about} | found, indent=1))
+
+
+def _print(row: dict[str, Any], head: bool) -> None:
+    if head:
+        print("  ".join(f"{key:>16}" for key in row))
+    print("  ".join(f"{v:>16.3g}" if isinstance(v, float) else f"{v:>16}" for v in row.values()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
