@@ -17,6 +17,7 @@ from torch import nn
 from contrastive_diffusion import checkpoints
 from contrastive_diffusion.checkpoints import convert
 from contrastive_diffusion.checkpoints.model import Model
+from contrastive_diffusion.combinators import guided
 from contrastive_diffusion.data.archives import Array
 from contrastive_diffusion.data.images import Images as ImageSet
 from contrastive_diffusion.denoisers import from_edm
@@ -281,6 +282,18 @@ def test_a_run_converts_to_a_model_and_is_fine_tuned(whole, tmp_path):
     tuned = load_denoiser(tmp_path / "tuned")[0]
     with torch.no_grad():
         torch.testing.assert_close(tuned(z, level), model(z, level), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_trained_with_label_dropout_is_guided(whole):
+    trained = load_trained(whole)
+    conditional, unconditional = trained.of_class(3), trained.of_class(None)
+    z, level = torch.randn(3, 1, 8, 8, generator=stream(0, "z")), torch.tensor([-3.0, 0.0, 4.0])
+    with torch.no_grad():
+        a, b = conditional(z, level), unconditional(z, level)
+        assert not a.equal(b)
+        torch.testing.assert_close(guided(conditional, unconditional, 2.5)(z, level), b + 2.5 * (a - b), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UsageError, match=r"label 10, expected 0 \.\. 9"):
+        trained.of_class(10)
 
 
 @pytest.mark.parametrize(
