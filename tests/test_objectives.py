@@ -72,7 +72,7 @@ def test_input_perturbation_has_its_own_optimum(gaussian, generator):
         scale = torch.ones((), requires_grad=True)
         gradients = []
         for _ in range(30):
-            loss = objective(lambda z, logsnr, d=denoiser: scale * d(z, logsnr), gaussian.sample(2000, generator), generator)["loss"]
+            loss = objective(lambda z, logsnr, d=denoiser, s=scale: s * d(z, logsnr), gaussian.sample(2000, generator), generator)["loss"]
             gradients.append(torch.autograd.grad(loss, scale)[0])
         gradient = torch.stack(gradients)
         assert (gradient.mean().abs() <= 4 * gradient.std() / math.sqrt(30)) == stationary

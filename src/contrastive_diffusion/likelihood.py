@@ -75,8 +75,8 @@ def llr(
     alike = bool((zeta == zeta[0]).all())  # rows of different zeta have no coefficients in common
     parts = []
     for rows in _chunks(len(x), max_rows // (2 * points)):
-        value, *drawn = _ratio(denoiser, x[rows], zeta[rows], points, generator, finest, max_rows, rows.start)
-        parts.append(_controlled(value, *drawn) if alike else _groups(value))
+        value, law, logsnr, weight, eps = _ratio(denoiser, x[rows], zeta[rows], points, generator, finest, max_rows, rows.start)
+        parts.append(_controlled(value, law, logsnr, weight, eps) if alike else _groups(value))
     return _mean(parts, 2 * points)
 
 
