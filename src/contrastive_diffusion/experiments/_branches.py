@@ -34,13 +34,17 @@ def branch_recipes(config: Branching, data: str, names: Sequence[str]) -> dict[s
     losses = {"plain": plain, "uniform": Loss(denoising="uniform"), "contrastive": config.loss}
     batch, start = config.branch.batch, f"{config.out}/base"
     budget = config.branch.steps * config.loss.build().evals(batch)
-    recipes = {"base": Train(data=data, out=start, net=config.net, loss=plain, training=config.base)}
+    recipes = {"base": Train(data=data, out=start, net=config.net, loss=plain, training=settled(config.base))}
     for name in names:
         steps = round(budget / losses[name].build().evals(batch))
-        # An average with a fixed decay would lag in the branch of fewer, dearer steps.
-        training = dataclasses.replace(config.branch, steps=steps, ema_half_life=0.05 * steps * batch)
+        training = settled(dataclasses.replace(config.branch, steps=steps))
         recipes[name] = Train(data=data, out=f"{config.out}/{name}", init=start, net=config.net, loss=losses[name], training=training)
     return recipes
+
+
+def settled(training: Training) -> Training:
+    """With an average whose half-life is a twentieth of the training: one of fixed decay would lag in a branch of fewer, dearer steps."""
+    return dataclasses.replace(training, ema_half_life=0.05 * training.steps * training.batch)
 
 
 def train_branches(recipes: dict[str, Train], jobs: int, meanwhile: list[Task] | None = None) -> None:
