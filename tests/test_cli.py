@@ -9,7 +9,7 @@ import pytest
 from contrastive_diffusion.cli import COMMANDS, main
 from contrastive_diffusion.solvers import SOLVERS
 
-TINY = ["--net.width", "8", "--net.blocks", "1", "--training.steps", "4", "--training.batch", "16"]
+TINY = ["--net.width", "32", "--net.blocks", "1", "--training.steps", "4", "--training.batch", "16"]
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +76,12 @@ def test_sequential_and_exact_parallel_samples_are_the_same_file(tmp_path):
 def test_estimate(trained, tmp_path, capsys, what):
     np.save(tmp_path / "x.npy", np.zeros((3, 2)))
     out = tmp_path / "e.json"
-    assert main(["estimate", what, str(trained), "--x", str(tmp_path / "x.npy"), "--evals", "28", "--out", str(out)]) == 0
+    assert main(["estimate", what, str(trained), "--x", str(tmp_path / "x.npy"), "--evals", "96", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 3
     if what == "noise":
-        assert sum(v for k, v in rows[0].items() if k.startswith("P(")) == pytest.approx(1, abs=1e-5)
+        assert sum(rows[0]["posterior"].values()) == pytest.approx(1, abs=1e-5)
+        assert rows[0]["from (90%)"] <= rows[0]["to"]
     assert main(["estimate", what, "two-modes", "--n", "2", "--corrupt", "3"]) == 0
     printed = capsys.readouterr().out
     assert "exact" in printed or what == "noise"
@@ -223,3 +224,34 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sampling.Sequential, "__call__", interrupted)
     assert main(["sample", "dino", "--n", "1"]) == 130
     assert "run the same command again" in capsys.readouterr().err
+
+
+def _image_run(tmp_path):
+    """A tiny network of 1 x 8 x 8 images, after one step."""
+    recipe = ["--data", "digits", "--net.kind", "ddpm", "--net.width", "32", "--net.blocks", "1", "--net.mult", "1", "--net.attention"]
+    assert main(["train", "--out", str(tmp_path / "net"), *recipe, "--training.steps", "1", "--training.batch", "4"]) == 0
+    return str(tmp_path / "net")
+
+
+def test_estimate_reads_images_and_folders_and_refuses_what_is_none(tmp_path, capsys):
+
+    from PIL import Image
+
+    net = _image_run(tmp_path)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((8, 8), 40 * i, np.uint8)).save(folder / f"{i}.png")
+    capsys.readouterr()
+    for what in (["noise", net, "--x", str(folder)], ["nll", net, "--x", str(folder / "1.png"), "--likelihood", "discrete"]):
+        assert main(["estimate", *what, "--evals", "32", *(["--logsnrs", "0", "4"] if what[0] == "noise" else [])]) == 0
+        out = capsys.readouterr().out
+        assert "1.png" in out
+        assert ("from (90%)" in out) == (what[0] == "noise")
+        assert ("bits per dim" in out) == (what[0] == "nll")
+    (tmp_path / "empty").mkdir()
+    Image.fromarray(np.zeros((8, 9), np.uint8)).save(folder / "3.png")
+    np.save(tmp_path / "bytes.npy", np.full((2, 1, 8, 8), 200.0))
+    for path, message in (("empty", "without image files"), ("images", "3.png"), ("bytes.npy", "images in [-1, 1]"), ("none", "existing")):
+        assert main(["estimate", "nll", net, "--x", str(tmp_path / path), "--evals", "16"]) == 2
+        assert message in capsys.readouterr().err

@@ -7,7 +7,7 @@ import torch
 from contrastive_diffusion import channel, denoisers, schedules
 from contrastive_diffusion.data.mixtures import GaussianMixture
 from contrastive_diffusion.data.toys import dino, two_modes
-from contrastive_diffusion.denoisers import Bounded, Counted, at_noise, evaluate, from_edm, from_timesteps, to_edm, to_timesteps
+from contrastive_diffusion.denoisers import Bounded, Counted, at_noise, check_denoiser, evaluate, from_edm, from_timesteps, to_edm, to_timesteps
 
 LEVELS = torch.tensor([-6.0, -1.0, 2.0, 5.0, 8.0], dtype=torch.float64)
 
@@ -146,3 +146,19 @@ def test_evaluate_checks_the_contract():
 def test_bad_data_is_one_line(x, message):
     with pytest.raises(ValueError, match=message):
         denoisers.check_data(x)
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "message"),
+    [
+        (lambda z, logsnr: z[:, :1], "a denoiser that returns"),
+        (lambda z, logsnr: z.double(), "returns torch.float64"),
+        (lambda z, logsnr: torch.where(logsnr[:, None] > 5, z / 0, z), "non-finite numbers in 20 of 20 rows at log-SNR 8"),
+        (lambda z, logsnr: z - z.mean(0), "whose rows change by"),
+    ],
+)
+def test_a_denoiser_that_breaks_the_contract_is_told_in_one_line(denoiser, message, generator):
+    x = dino().sample(20, generator)
+    check_denoiser(dino(), x, generator)
+    with pytest.raises(ValueError, match=message):
+        check_denoiser(denoiser, x, generator)

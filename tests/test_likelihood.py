@@ -11,7 +11,8 @@ from contrastive_diffusion.channel import corrupt
 from contrastive_diffusion.data.mixtures import GaussianMixture
 from contrastive_diffusion.data.toys import dino, two_modes
 from contrastive_diffusion.denoisers import Counted, noised, unit_noise
-from contrastive_diffusion.likelihood import _noise, _radius, credible_interval, llr, mse_curve, nll, noise_posterior, ood_score
+from contrastive_diffusion.errors import RunError, UsageError
+from contrastive_diffusion.likelihood import _noise, _radius, credible_interval, discrete_nll, llr, mse_curve, nll, noise_posterior, ood_score
 
 LAWS = {"dino": dino, "two-modes": two_modes}
 ZETAS = (-6.0, 0.0, 6.0, 9.0, 12.0, 15.0)
@@ -156,6 +157,27 @@ def test_ood_scores_rank_foreign_points_higher(kind, generator):
     shifted = x + 0.1 * torch.randn(x.shape, generator=generator)
     inside, outside = (ood_score(law, rows, kind, 128, generator).mean for rows in (x, shifted))
     assert metrics.auroc(outside, inside).mean > 0.95
+
+
+def test_discrete_likelihood_is_the_entropy_of_a_discrete_law(generator):
+    """Four values with known probabilities: the bound holds on average and is tight; uniform 8-bit values have eight bits, less what rounding adds."""
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    law = GaussianMixture(torch.tensor([[-1.0], [-1 / 3], [1 / 3], [1.0]]), 1e-3, weights)
+    values = torch.tensor([-1.0, -1 / 3, 1 / 3, 1.0])
+    x = values[torch.multinomial(weights, 4000, True, generator=generator)][:, None]
+    found = discrete_nll(law, x, 64, generator, levels=4)
+    entropy, error = float(-(weights * weights.log()).sum()), float(found.mean.std()) / math.sqrt(4000)
+    assert -4 * error < float(found.mean.mean()) - entropy < 0.1 + 4 * error
+
+
+def test_dequantised_likelihood_of_a_smooth_law_is_its_density_times_the_step(generator):
+    """A Gaussian much wider than the grid's step: all three agree with -log(p step) of the Gaussian."""
+    law, step = GaussianMixture(torch.zeros(1, 2), 0.25), 2 / 255
+    x = ((law.sample(600, generator).clamp(-1, 1) + 1) / step).round() * step - 1
+    truth = float((law.nll(x.double()) - 2 * math.log(step)).mean())
+    for method in ("continuous", "dequantised", "discrete"):
+        found = discrete_nll(law, x, 128, generator, method=method)
+        assert abs(float(found.mean.mean()) - truth) < 4 * float(found.mean.std()) / math.sqrt(600) + 0.02, method
 
 
 def test_mse_curve_is_the_mmse_of_a_gaussian(generator, gaussian):
@@ -303,6 +325,10 @@ def test_an_infinite_level_is_the_data_itself(generator):
         (lambda law, x: llr(law, x / 0, 6.0), "non-finite"),
         (lambda law, x: nll(law, x, 8, spectrum=torch.zeros(3)), r"expected \(2,\)"),
         (lambda law, x: noise_posterior(law, x, torch.zeros(4)), "logsnrs that do not increase"),
+        (lambda law, x: discrete_nll(law, 0 * x + 0.3), "values off the grid of 256 levels"),
+        (lambda law, x: discrete_nll(law, 0 * x + 7), r"values from 7 to 7, expected values in \[-1, 1\]"),
+        (lambda law, x: discrete_nll(law, 0 * x - 1, method="soft"), "given method 'soft'"),
+        (lambda law, x: llr(lambda z, logsnr: z / 0, x, 6.0), "non-finite estimates in 4 of 4 rows"),
         (lambda law, x: ood_score(law, x, "entropy"), "given kind 'entropy'"),
         (lambda law, x: credible_interval(torch.zeros(4, 3), torch.arange(3.0), 1.0), "given mass = 1.0"),
         (lambda law, x: noise_posterior(law, x, torch.arange(4.0), 3), "given evals = 3, expected evals >= 16"),
@@ -310,6 +336,6 @@ def test_an_infinite_level_is_the_data_itself(generator):
 )
 def test_bad_input_is_one_line(call, message, generator):
     law = dino()
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises((UsageError, RunError), match=message) as caught:
         call(law, law.sample(4, generator))
     assert "\n" not in str(caught.value)

@@ -68,16 +68,22 @@ class EstimateCommand:
     source: Annotated[str, "positional"]
     """A run folder, or a toy whose law is a mixture."""
     x: str | None = None
-    """A .npy or .csv file of points (N, D); draws of the source's data by default."""
+    """A .npy or .csv file of points (N, D), an image, or a folder or archive of images; draws of the source's data by default."""
     n: int = 8
     """Number of points to draw, or to read at most."""
     zeta: float = 6.0
     """Log-SNR of the noised law (llr)."""
     corrupt: float | None = None
     """Noise the points to this log-SNR first."""
-    logsnrs: tuple[float, ...] = (-6.0, -3.0, 0.0, 3.0, 6.0, 9.0, 12.0)
-    """Candidate levels (noise)."""
-    evals: int = 256
+    logsnrs: tuple[float, ...] = tuple(range(-6, 13))
+    """Candidate levels, rising (noise)."""
+    mass: float = 0.9
+    """Of the credible interval (noise)."""
+    likelihood: Literal["continuous", "dequantised", "discrete"] = "continuous"
+    """Of x itself, or of x on its 8-bit grid, as an upper bound: with uniform noise, or by rounding (nll of images)."""
+    check: bool = False
+    """First check that the denoiser keeps its contract (shape, finite, rows independent)."""
+    evals: int = 512
     """Denoiser evaluations per point."""
     seed: int = 0
     """Of points and estimates."""
@@ -443,48 +449,17 @@ def _act_estimate(options: EstimateCommand) -> None:
     import json
 
     from contrastive_diffusion.files import write_atomic
+    from contrastive_diffusion.runs.estimate import estimate
 
     require(options.n >= 1, f"--n {options.n}", "at least 1")
-    points, rows, header = _estimate(options)
-    print("  ".join(f"{name:>16}" for name in ("x", *header)))
-    for point, row in zip(points.tolist(), rows, strict=True):
-        shown = "(" + ", ".join(f"{v:.3g}" for v in point[:3]) + (", ..." if len(point) > 3 else "") + ")"
-        print("  ".join(f"{v:>16}" for v in (shown, *(f"{v:.4f}" for v in row))))
+    names, rows, header, more = estimate(options)
+    width = max(16, *(len(name) for name in names))
+    print("  ".join([f"{'x':>{width}}", *(f"{name:>16}" for name in header)]))
+    for name, row in zip(names, rows, strict=True):
+        print("  ".join([f"{name:>{width}}", *(f"{v:>16.4f}" for v in row)]))
     if options.out:
-        named = [dict(zip(header, row, strict=True)) | {"x": point} for point, row in zip(points.tolist(), rows, strict=True)]
+        named = [dict(zip(header, row, strict=True)) | {"x": name} | extra for name, row, extra in zip(names, rows, more, strict=True)]
         write_atomic(Path(options.out), json.dumps({"what": options.what, "source": options.source, "evals": options.evals, "rows": named}, indent=1))
-
-
-def _estimate(options: EstimateCommand) -> "tuple[Tensor, list[list[float]], list[str]]":
-    """Points (n, D), their rows of numbers, and the names of the columns."""
-    import torch
-
-    from contrastive_diffusion.denoisers import noised
-    from contrastive_diffusion.likelihood import llr, nll, noise_posterior
-    from contrastive_diffusion.recipes import load_array, load_data
-    from contrastive_diffusion.runs import Run, named_denoiser
-    from contrastive_diffusion.training import stream
-
-    denoiser, shape = named_denoiser(options.source)
-    if options.x is None:
-        data = options.source if hasattr(denoiser, "log_prob") else Run(Path(options.source)).recipe()["data"]
-        x = load_data(data).sample(options.n, stream(options.seed, "points"))
-    else:
-        x = load_array(Path(options.x))[: options.n]
-    require(x.shape[1:] == shape, f"points of shape {tuple(x.shape)}", f"(N, {', '.join(map(str, shape))}), as {options.source} was trained on")
-    if options.corrupt is not None:
-        x = noised(x, options.corrupt, stream(options.seed, "corrupt"))
-    exact = getattr(denoiser, options.what, None)
-    generator = stream(options.seed, options.what)
-    with torch.no_grad():
-        if options.what == "noise":
-            posterior = noise_posterior(denoiser, x, torch.tensor(options.logsnrs), options.evals, generator).exp()
-            return x, posterior.tolist(), [f"P({level:g})" for level in options.logsnrs]
-        result = llr(denoiser, x, options.zeta, options.evals, generator) if options.what == "llr" else nll(denoiser, x, options.evals, generator)
-        columns = [result.mean, result.stderr]
-        if exact is not None:
-            columns.append(exact(x, options.zeta) if options.what == "llr" else exact(x))
-    return x, torch.stack(columns, 1).tolist(), [f"{options.what}, nats", "standard error", "exact"][: len(columns)]
 
 
 def _act_report(options: Report) -> None:

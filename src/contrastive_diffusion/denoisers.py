@@ -106,6 +106,32 @@ def evaluate(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int = 1638
     return torch.cat([evaluate(take(denoiser, index), zs, ls, max_rows) for zs, ls, index in parts])
 
 
+@torch.no_grad()
+def check_denoiser(denoiser: Denoiser, x: Tensor, generator: torch.Generator | None = None, tolerance: float = 1e-3) -> None:
+    """Stops with one line at a denoiser that breaks the contract on noised rows of x (B, *S): shape, dtype, finite, rows independent.
+
+    A few evaluations of each row at three levels. Rows are compared with themselves beside other rows, up to ``tolerance`` of their size
+    (networks are not batch-invariant to the bit).
+    """
+    x = check_data(x)[:64]
+    for level in (-4.0, 2.0, 8.0):
+        logsnr = torch.full((len(x),), level, dtype=x.dtype, device=x.device)
+        z = noised(x, logsnr, generator)
+        eps_hat = evaluate(denoiser, z, logsnr)
+        require(eps_hat.dtype == z.dtype, f"a denoiser that returns {eps_hat.dtype}", f"the dtype of z, {z.dtype}")
+        bad = int((~eps_hat.isfinite().flatten(1).all(1)).sum())
+        require(not bad, f"a denoiser that returns non-finite numbers in {bad} of {len(x)} rows at log-SNR {level:g}", "finite numbers")
+        half = len(x) // 2
+        if half:
+            others = torch.cat([z[:half], 3 * z[half:].flip(0) + 1])
+            moved = (evaluate(denoiser, others, logsnr)[:half] - eps_hat[:half]).abs().max()
+            independent = float(moved) <= tolerance * float(eps_hat[:half].abs().max().clamp_min(1.0))
+            todo = "put the network in eval mode; no statistics over the batch"
+            require(
+                independent, f"a denoiser whose rows change by {float(moved):.2g} when other rows do (log-SNR {level:g})", "independent rows", todo
+            )
+
+
 def take(denoiser: Denoiser, index: Tensor) -> Denoiser:
     """The denoiser for rows ``index`` (n,) of the B rows it is bound to, as one with a label for each row is; itself if it treats all rows alike."""
     return denoiser.take(index) if hasattr(denoiser, "take") else denoiser  # pyright: ignore

@@ -65,14 +65,15 @@ class Array:
 
 
 class Files:
-    """Image files of a folder or an uncompressed or compressed zip, sorted by name."""
+    """Image files of a folder (or ``only`` one of them) or an uncompressed or compressed zip, sorted by name."""
 
     levels = 255.0
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, only: str | None = None):
         self.root, self.zipped = root, root.is_file()
         self._open: dict[int, zipfile.ZipFile] = {}  # one handle for each process
-        listed = self._zip().namelist() if self.zipped else [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
+        inside = [only] if only else (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+        listed = self._zip().namelist() if self.zipped else list(inside)
         self.files = sorted(n for n in listed if n.lower().endswith(SUFFIXES))
         require(self.files, f"{root} without image files", f"files ending in {', '.join(SUFFIXES)}")
         self.labels = self._labels("dataset.json" in listed)
@@ -252,4 +253,6 @@ def open_source(path: Path, test: bool = False) -> Source:
         return npz(path)
     if path.is_dir() or path.suffix == ".zip":
         return Files(path)
-    raise UsageError(f"given images {path}, expected a folder, .zip, .npz, .npy, or CIFAR-10's .tar.gz")
+    if path.suffix.lower() in SUFFIXES:
+        return Files(path.parent, path.name)
+    raise UsageError(f"given images {path}, expected an image, a folder, .zip, .npz, .npy, or CIFAR-10's .tar.gz")
