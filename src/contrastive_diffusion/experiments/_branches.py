@@ -36,7 +36,9 @@ def branch_recipes(config: Branching, data: str, names: Sequence[str]) -> dict[s
     budget = config.branch.steps * config.loss.build().evals(batch)
     recipes = {"base": Train(data=data, out=start, net=config.net, loss=plain, training=config.base)}
     for name in names:
-        training = dataclasses.replace(config.branch, steps=round(budget / losses[name].build().evals(batch)))
+        steps = round(budget / losses[name].build().evals(batch))
+        # An average with a fixed decay would lag in the branch of fewer, dearer steps.
+        training = dataclasses.replace(config.branch, steps=steps, ema_half_life=0.05 * steps * batch)
         recipes[name] = Train(data=data, out=f"{config.out}/{name}", init=start, net=config.net, loss=losses[name], training=training)
     return recipes
 

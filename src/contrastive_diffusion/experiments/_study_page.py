@@ -1,7 +1,7 @@
 """The page of the study: paired changes against plain training with 95 % intervals, curves, the verdict in words."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -34,9 +34,9 @@ DIGITS: dict[str, Callable[[Found], float]] = {
 
 
 def blocks(
-    config: Any, results: dict[str, Arms], factors: Arms, facts: dict[str, Any], reference: str
+    config: Any, results: dict[str, Arms], factors: Arms, facts: dict[str, Any], reference: str, known: Collection[str]
 ) -> tuple[list[page.Block], Found, dict[str, Tensor]]:
-    """Page blocks, numbers and arrays of the whole study."""
+    """Page blocks, numbers and arrays of the whole study; ``known``: names of the arrays that are there already."""
     numbers: Found = {"measured": results, "factors": factors, "facts": facts, "changes": {}}
     arrays: dict[str, Tensor] = {}
     tables = []
@@ -52,7 +52,7 @@ def blocks(
         tables.append(
             _table(f"The loss's own choices, {law}", changes, f"Against {reference}, {seeds} training seeds; intervals of two seeds are wide.")
         )
-    return [page.text(*_verdict(results, numbers["changes"])), *tables, *_iterates(facts, results)], numbers, arrays
+    return [page.text(*_verdict(results, numbers["changes"])), *tables, *_iterates(facts, known)], numbers, arrays
 
 
 def _changes(arms: Arms, against: list[Found], reference: str, law: str) -> Found:
@@ -118,10 +118,12 @@ def _law(config: Any, law: str, arms: Arms, changes: Found, reference: str, arra
 
 
 def _absolute(law: str, arms: Arms) -> page.Block:
-    keys = [k for k in next(iter(arms.values()))[0] if not k.startswith(("error ", "evals", "rounds", "log-density after"))]
-    keys = keys[:12]
+    first = next(iter(arms.values()))[0]
+    keys = [k for k in first if k.startswith(("log-density", "mmd", "held-out", "ratio accuracy")) and " after " not in k][:10]
+    truth = {k.removeprefix("true log-density "): v for k, v in first.items() if k.startswith("true")}
+    exact = f" True log-density at the last level of {', '.join(f'{k} steps: {v:.2f}' for k, v in truth.items())}." if truth else ""
     rows = [[name, *[average([run[key] for run in runs]) for key in keys]] for name, runs in arms.items()]
-    return page.table(f"{law}: measured", ["arm", *keys], rows, "Mean and standard error over training seeds.")
+    return page.table(f"{law}: measured", ["arm", *keys], rows, f"Mean and standard error over training seeds.{exact}")
 
 
 def _rounds(law: str, arms: Arms, arrays: dict[str, Tensor], seeds: int) -> list[page.Block]:
@@ -141,12 +143,12 @@ def _rounds(law: str, arms: Arms, arrays: dict[str, Tensor], seeds: int) -> list
     return [page.lines(f"{law}: the parallel sampler's sample after some rounds", "round", "log-density, nats", curves, caption)]
 
 
-def _iterates(facts: dict[str, Any], results: dict[str, Arms]) -> list[page.Block]:
+def _iterates(facts: dict[str, Any], known: Collection[str]) -> list[page.Block]:
     """Which level the parallel sampler's iterates look like."""
     found = []
     for law in facts:
         low, high = facts[law]["matched"]
-        curves = [page.series(f"round {k}", f"{law}.steps.{k}", f"{law}.offset.{k}") for k in (3, 9, 15, 21, 27)]
+        curves = [page.series(f"round {k}", f"{law}.steps.{k}", f"{law}.offset.{k}") for k in (3, 9, 15, 21, 27) if f"{law}.steps.{k}" in known]
         caption = (
             f"Picard with the exact denoiser: the most likely level of each iterate less the level it is read at, mean over 24 samples. Levels that iterates look like: nine tenths in "
             f"[{low:.1f}, {high:.1f}]."

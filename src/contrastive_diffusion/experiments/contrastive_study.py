@@ -88,7 +88,7 @@ def run(config: Config) -> Path:
     }
     factors = {name: [_measured(config, sweep[seed][name]) for seed in sweep] for name in (sweep[0] if sweep else {})}
     arrays = {f"{law}.{key}": value for law, (tensors, _) in facts.items() for key, value in tensors.items() if not key.startswith("points")}
-    shown, numbers, drawn = blocks(config, results, factors, {law: meta for law, (_, meta) in facts.items()}, REFERENCE)
+    shown, numbers, drawn = blocks(config, results, factors, {law: meta for law, (_, meta) in facts.items()}, REFERENCE, arrays)
     main.write_results(
         {"experiment": "contrastive-study", "title": "Does contrastive training help?", "numbers": page.numbers(numbers), "blocks": shown},
         arrays | drawn,
@@ -105,7 +105,11 @@ def _data(config: Config, law: str) -> str:
 
 
 def _train(config: Config, law: str, seed: int, name: str, loss: Loss, steps: int, lr: float, init: str | None) -> Train:
-    training = Training(steps=steps, batch=config.batch, lr=lr, seed=seed + 1000 * (init is not None), warmup=min(200, max(1, steps // 5)))
+    # An average with a fixed decay would lag in the arms of fewer, dearer steps; this one has the same half-life in units of the training.
+    average = 0.05 * steps * config.batch
+    training = Training(
+        ema_half_life=average, steps=steps, batch=config.batch, lr=lr, seed=seed + 1000 * (init is not None), warmup=min(200, max(1, steps // 5))
+    )
     return Train(data=_data(config, law), out=f"{config.out}/{law}/{seed}/{name}", init=init, net=_net(config, law), loss=loss, training=training)
 
 
