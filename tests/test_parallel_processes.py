@@ -24,11 +24,11 @@ rank, group, grid = dist.get_rank(), dist.group.WORLD, schedules.grid(schedules.
 
 
 def torchrun(code: str, processes: int = 2, *args: str) -> subprocess.CompletedProcess[str]:
-    """``code`` in each process, as torchrun starts them."""
+    """``code`` in each process, as torchrun starts them; what torch calls deprecated is an error there too."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    command = [sys.executable, *(args if args else ["-c", HEAD + textwrap.dedent(code)])]
+    command = [sys.executable, "-W", "error::FutureWarning", *(args if args else ["-c", HEAD + textwrap.dedent(code)])]
     running = [
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -56,19 +56,20 @@ fit(recipe(Train, sys.argv[1]))
 
 
 def test_kill_9_and_start_again_ends_in_the_same_bits(tmp_path):
-    """Killed wherever it happens to be, three times, then left to finish."""
-    fit(_config(tmp_path / "whole", steps=400))
+    """Killed as a checkpoint appears, and between two of them; then left to finish."""
+    fit(_config(tmp_path / "whole", steps=120))
     text = (tmp_path / "whole" / "recipe.yaml").read_text().replace(str(tmp_path / "whole"), str(tmp_path / "killed"))
     (tmp_path / "killed.yaml").write_text(text)
     command = [sys.executable, "-c", KILLED, str(tmp_path / "killed.yaml")]
     newest = lambda: max((p.name for p in (tmp_path / "killed").rglob("step-*.safetensors")), default="")  # noqa: E731
     killed = 0
-    for _ in range(3):
+    for delay in (0.0, 0.04):
         start = newest()
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
         deadline = time.monotonic() + 60
         while process.poll() is None and newest() == start and time.monotonic() < deadline:
             time.sleep(0.005)
+        time.sleep(delay)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             killed += 1

@@ -127,7 +127,7 @@ def draw(config: Study, path: str, seed: int, position: int) -> None:
         shape, tensors, meta = (config.samples, *named_denoiser(path)[1]), {}, {}
         samplers = {
             "sequential": Sequential(solvers.ddpm()),
-            "parallel": Parallel(solvers.ddpm(), window=None, tolerance=config.tolerance, max_rows=CHUNK),
+            "parallel": Parallel(solvers.ddpm(), window="all", tolerance=config.tolerance, max_rows=CHUNK),
         }
         for kind, sampler in samplers.items():
             with tqdm(total=config.steps, desc=f"{kind} {Path(path).name}-{seed}", position=position, leave=False, mininterval=5) as bar:
@@ -208,7 +208,7 @@ def _blocks(
             "Plain and contrastive fine-tuning at equal evaluations", columns, body,
             f"nll and ratio accuracy (zeta of {', '.join(f'{z:g}' for z in ZETAS)}; data against noised data, half of each; chance is 50 %) over {config.rows} held-out images, "
             f"{config.evals} evaluations each, ± standard error over images. Samples: DDPM, {config.steps} steps, {config.samples} for each of {config.seeds} seeds, ± standard error over "
-            f"seeds; MMD in pixels with a Gaussian kernel of std {control['bandwidth']:.2f} (the median distance) to training images. Parallel: tolerance {config.tolerance:g}.",
+            f"seeds; MMD in pixels with a Gaussian kernel of std {control['bandwidth']:.2f} (the median distance) to training images. Parallel: the whole grid as window, tolerance {config.tolerance:g}.",
         ),
         page.lines(
             "Denoising error over log-SNR", "log-SNR, nats", "squared error of eps-hat per dimension",

@@ -4,7 +4,7 @@ A window pays while its frontier moves by a sixteenth of it (and two steps) per 
 ``PATIENCE`` rounds (more at tolerance 0), a lane first loses the measured slope, then its window shrinks to four times its recent advance; with an advance below two
 steps a round there is no gain left, and the lane goes on from its frontier with at most ``PRICE`` evaluations per step: a window wider
 than one step is only tried with what has been saved. So a map that cannot be parallelised costs PRICE T and the windows it takes to find out:
-twice PATIENCE and one for each time that its states came nearer by chance.
+twice the patience and one for each time that its states came nearer by chance.
 """
 
 from dataclasses import dataclass

@@ -52,7 +52,8 @@ class Paradigms:
         task = prepare(self.solver, denoiser, grid, shape, seed, first, device, dtype, self.max_rows)
         require(task.step.memory == 0, f"{self.solver.name}, which remembers outputs", "a one-step solver", "use Parallel")
         steps = len(task.step)
-        size = min(self.window or steps, steps)
+        size = self.window or steps
+        require(size <= steps, f"window = {size}", f"at most the {steps} steps of the grid", "window=None is the whole grid")
         bound = self.tolerance**2 * _leaving(grid.to(device))
         states = task.start.expand(size + 1, *shape).clone()
         noises, begin, rounds, accepted = task.noise(0, size), 0, 0, [task.start]

@@ -84,7 +84,7 @@ class Evaluator:
         if self.error is not None:
             mine[-1] = 1
         everyone = mine.new_empty(self.size * len(mine))
-        dist.all_gather_into_tensor(everyone, mine, group=self.group)
+        _gather(everyone, mine, self.group)
         everyone = everyone.view(self.size, -1)
         self._check(everyone[:, -1])
         parts = [everyone[k, : (b - a) * numel] for k, (a, b) in enumerate(zip(shares, shares[1:], strict=False))]
@@ -109,6 +109,12 @@ class Evaluator:
         """The check that the lag left open."""
         if self.size > 1:
             self.stop_if(self.status)
+
+
+def _gather(everyone: Tensor, mine: Tensor, group: Any) -> None:
+    """All-gather of one tensor. torch 2.13 renamed it, and warns at the old name in every round."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(everyone, mine, group=group)
 
 
 def same_task(group: Any, task: dict[str, Any]) -> None:
