@@ -61,11 +61,11 @@ def test_tighter_tolerances_cost_more_and_are_nearer_the_truth():
 def test_every_sample_is_its_own():
     solver = Sequential(solvers.adaptive())
     whole = solver(dino(), GRID, (6, 2), seed=3)
-    parts = [solver(dino(), GRID, (2, 2), seed=3, first=k) for k in (0, 2, 4)]
+    parts = [solver(dino(), GRID, (1, 2), seed=3, first=k) for k in range(6)]
     assert torch.cat([p.x for p in parts]).equal(whole.x)
     assert sum(p.evals for p in parts) == whole.evals
     assert whole.rounds == max(p.rounds for p in parts)
-    assert whole.evals % 6 != 0  # samples take different numbers of attempts
+    assert len({p.evals for p in parts}) > 1
 
 
 def test_progress_rises_to_one_and_the_last_state_is_the_sample():

@@ -1,6 +1,7 @@
 """Recipes and run folders: killed anywhere, continued to the same bits; nothing of another recipe is touched."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -246,7 +247,9 @@ sys.exit(main(["run", "two-modes", "quick", "--out", sys.argv[1], "--base.steps"
 
 
 def test_ctrl_c_in_the_middle_of_a_run_is_one_line_and_leaves_no_process(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(tmp_path / "run")], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background of a shell is born deaf to ctrl-C
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard)
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "base" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)

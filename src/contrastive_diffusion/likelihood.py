@@ -76,7 +76,7 @@ def llr(
     parts = []
     for rows in _chunks(len(x), max_rows // (2 * points)):
         value, law, logsnr, weight, eps = _ratio(denoiser, x[rows], zeta[rows], points, generator, finest, max_rows, rows.start)
-        parts.append(_controlled(value, law, logsnr, weight, eps) if alike else _groups(value))
+        parts.append(_controlled(value, law, logsnr, weight, eps) if alike else group_means(value))
     return _mean(parts, 2 * points)
 
 
@@ -211,7 +211,7 @@ def discrete_nll(
         x_hat = x_from_eps(z.flatten(0, 1).double(), level, eps_hat.flatten(0, 1).double()).unflatten(0, logsnr.shape)
         decoded = _soft_round(x_hat, per_row(logsnr.exp() + 1, x_hat), low, step, levels)
         error = logsnr.exp() * (x[rows, None].double() - decoded).square().flatten(2).sum(2)
-        parts.append(_groups((0.5 * weight * error).to(x.dtype)))
+        parts.append(group_means((0.5 * weight * error).to(x.dtype)))
     return _mean(parts, points)
 
 
@@ -440,14 +440,14 @@ def _read(denoiser: Denoiser, z: Tensor, logsnr: Tensor, max_rows: int, first: i
     return evaluate(bound, rows, logsnr.flatten(), max_rows).reshape(len(logsnr), *z.shape)
 
 
-def _groups(value: Tensor) -> Tensor:
+def group_means(value: Tensor) -> Tensor:
     """Means of groups of neighbouring points, (b, n) -> (b, n / GROUP)."""
     return value.unflatten(1, (-1, GROUP)).mean(2)
 
 
 def _controlled(value: Tensor, law: Plateau, logsnr: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
     """Group means (b, n / GROUP) of weighted integrands (b, n), less the control variate (a constant to the gradient, which it would make noisier)."""
-    groups = _groups(value)
+    groups = group_means(value)
     features = _features(law, logsnr, weight, eps)
     if features is None:
         return groups

@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid, softplus
 from contrastive_diffusion.channel import corrupt
 from contrastive_diffusion.denoisers import Denoiser, check_data, evaluate, noised, unit_noise
 from contrastive_diffusion.errors import choose, require
-from contrastive_diffusion.likelihood import llr_points
+from contrastive_diffusion.likelihood import GROUP, group_means, llr_points
 from contrastive_diffusion.schedules import Schedule, ddpm, draw, logistic, uniform
 
 ONE_CALL = 2**30  # rows; training wants the graph of one call, memory is bounded by the batch
@@ -126,13 +126,15 @@ class Contrastive:
     finest: float | None = None
 
     def __post_init__(self):
-        require(self.points >= 4 and self.points % 4 == 0, f"points = {self.points}", "a multiple of four")
+        require(self.points >= GROUP and self.points % GROUP == 0, f"points = {self.points}", "a multiple of four")
         require(0 < self.share <= 1, f"share = {self.share}", "0 < share <= 1")
         require(0 < self.clean < 1, f"clean = {self.clean}", "0 < clean < 1")
         choose(self.through, ("both", "clean", "noised"), "through")
         choose(self.curvature, ("kept", "removed"), "curvature")
         require(
-            self.curvature == "kept" or self.points >= 8, f"points = {self.points} with curvature removed", "points >= 8, two groups for a variance"
+            self.curvature == "kept" or self.points >= 2 * GROUP,
+            f"points = {self.points} with curvature removed",
+            "points >= 8, two groups for a variance",
         )
 
     def __call__(self, denoiser: Denoiser, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -161,7 +163,7 @@ class Contrastive:
         """Half the variance of each row's ratio times the second derivative of softplus, without gradient through the variance."""
         if self.curvature == "kept":
             return 0.0
-        groups = values.detach().unflatten(1, (-1, 4)).mean(2)
+        groups = group_means(values.detach())
         variance = groups.diff(dim=1).square().mean(1) / (2 * groups.shape[1])
         return 0.5 * variance * torch.sigmoid(logit) * torch.sigmoid(-logit)
 

@@ -32,14 +32,18 @@ def branch_recipes(config: Branching, data: str, names: Sequence[str]) -> dict[s
     """
     plain = Loss(denoising=config.loss.denoising)
     losses = {"plain": plain, "uniform": Loss(denoising="uniform"), "contrastive": config.loss}
-    batch, start = config.branch.batch, f"{config.out}/base"
-    budget = config.branch.steps * config.loss.build().evals(batch)
+    start = f"{config.out}/base"
     recipes = {"base": Train(data=data, out=start, net=config.net, loss=plain, training=settled(config.base))}
     for name in names:
-        steps = round(budget / losses[name].build().evals(batch))
-        training = settled(dataclasses.replace(config.branch, steps=steps))
+        training = settled(at_equal_evals(config.branch, config.loss, losses[name]))
         recipes[name] = Train(data=data, out=f"{config.out}/{name}", init=start, net=config.net, loss=losses[name], training=training)
     return recipes
+
+
+def at_equal_evals(training: Training, reference: Loss, loss: Loss) -> Training:
+    """``training`` with ``loss`` for as many steps as cost the evaluations of its own steps with ``reference``."""
+    budget = training.steps * reference.build().evals(training.batch)
+    return dataclasses.replace(training, steps=round(budget / loss.build().evals(training.batch)))
 
 
 def settled(training: Training) -> Training:
@@ -59,7 +63,12 @@ def fit_branch(recipe: Train, position: int = 0) -> None:
 
 def spent(recipes: dict[str, Train]) -> dict[str, int]:
     """Denoiser evaluations of each branch after the common start."""
-    return {name: recipes[name].training.steps * recipes[name].loss.build().evals(recipes[name].training.batch) for name in recipes if name != "base"}
+    return {name: evals_of(recipe) for name, recipe in recipes.items() if name != "base"}
+
+
+def evals_of(recipe: Train) -> int:
+    """Denoiser evaluations of a training."""
+    return recipe.training.steps * recipe.loss.build().evals(recipe.training.batch)
 
 
 def made_before() -> NoReturn:

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass as schema
 
 from contrastive_diffusion.errors import choose
 from contrastive_diffusion.experiments import _page as page
-from contrastive_diffusion.experiments._branches import fit_branch, made_before
+from contrastive_diffusion.experiments._branches import evals_of, fit_branch, made_before, settled
 from contrastive_diffusion.experiments._study_measures import digit_rows, matched_range, measure, off_level_map
 from contrastive_diffusion.experiments._study_page import blocks
 from contrastive_diffusion.recipes import STRICT, Loss, Net, Train
@@ -72,13 +72,14 @@ class Config:
 def run(config: Config) -> Path:
     """Trains and measures every arm; returns the run folder."""
     main = Run.open(config.out, config)
-    first = next(law for law in config.laws)
+    first = next(iter(config.laws))
     work([(_law_facts, (config, law)) for law in config.laws if law != "digits"], config.jobs)
     facts = {law: main.part(f"facts-{law}", made_before) for law in config.laws if law != "digits"}
     matched = tuple(facts[first][1]["matched"]) if first in facts else (-4.0, 10.0)
     arms = {(law, seed): _arms(config, law, seed) for law in config.laws for seed in range(config.seeds)}
     sweep = {seed: _factors(config, first, seed, matched) for seed in range(config.factor_seeds)}
-    work([(_digits, (config,))] * ("digits" in config.laws), config.jobs) if "digits" in config.laws else None
+    if "digits" in config.laws:
+        _digits(config)
     work([(fit_branch, (_base(config, law, seed),)) for law, seed in arms], config.jobs)
     tasks = [(_arm, (config, law, name, recipe)) for (law, _), found in arms.items() for name, recipe in found.items()]
     tasks += [(_arm, (config, first, name, recipe)) for found in sweep.values() for name, recipe in found.items()]
@@ -105,11 +106,8 @@ def _data(config: Config, law: str) -> str:
 
 
 def _train(config: Config, law: str, seed: int, name: str, loss: Loss, steps: int, lr: float, init: str | None) -> Train:
-    # An average with a fixed decay would lag in the arms of fewer, dearer steps; this one has the same half-life in units of the training.
-    average = 0.05 * steps * config.batch
-    training = Training(
-        ema_half_life=average, steps=steps, batch=config.batch, lr=lr, seed=seed + 1000 * (init is not None), warmup=min(200, max(1, steps // 5))
-    )
+    warmup = min(200, max(1, steps // 5))
+    training = settled(Training(steps=steps, batch=config.batch, lr=lr, seed=seed + 1000 * (init is not None), warmup=warmup))
     return Train(data=_data(config, law), out=f"{config.out}/{law}/{seed}/{name}", init=init, net=_net(config, law), loss=loss, training=training)
 
 
@@ -161,7 +159,7 @@ def _factors(config: Config, law: str, seed: int, matched: tuple[float, ...]) ->
     }
 
 
-def _digits(config: Config, position: int) -> None:
+def _digits(config: Config) -> None:
     """The training rows of the digits as a file that recipes can name."""
     path = Path(_data(config, "digits"))
     if not path.exists():
@@ -183,8 +181,7 @@ def _arm(config: Config, law: str, name: str, recipe: Train, position: int) -> N
         fit_branch(recipe, position)
         facts = None if law == "digits" else Run(Path(config.out)).part(f"facts-{law}", made_before)[0]
         found = measure(law, recipe.out, facts, config.samples, config.steps, parallel=name in ("contrastive", REFERENCE))
-        spent = recipe.training.steps * recipe.loss.build().evals(recipe.training.batch)
-        Run(Path(recipe.out)).write(path.name, json.dumps({"evals": spent} | found))
+        Run(Path(recipe.out)).write(path.name, json.dumps({"evals": evals_of(recipe)} | found))
 
 
 def _measured(config: Config, recipe: Train) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from contrastive_diffusion.data.images import open_images
-from contrastive_diffusion.denoisers import check_denoiser, noised
+from contrastive_diffusion.denoisers import check_data, check_denoiser, noised
 from contrastive_diffusion.errors import require
 from contrastive_diffusion.likelihood import Estimate, credible_interval, discrete_nll, llr, nll, noise_posterior
 from contrastive_diffusion.recipes import load_array, load_data
@@ -17,7 +17,6 @@ from contrastive_diffusion.runs.start import named_denoiser
 from contrastive_diffusion.training import stream
 
 NOISED = 10.0  # beyond it nothing on the variance-preserving channel of data in [-1, 1] lies
-
 
 Table = tuple[list[str], list[list[float]], list[str], list[dict[str, Any]]]
 
@@ -84,8 +83,9 @@ def points(options: Any, denoiser: Any, shape: tuple[int, ...]) -> tuple[Tensor,
         x, names = load_array(Path(options.x))[: options.n], []
     else:
         require(len(shape) == 3, f"images {options.x} for a network of vectors", f"a .npy or .csv file (N, {shape[0]})")
-        if options.x.endswith(".npy") and _floats(options.x):
-            x, names = load_array(Path(options.x))[: options.n], []
+        array = load_array(Path(options.x)) if options.x.endswith(".npy") else None
+        if array is not None and _floats(options.x):
+            x, names = check_data(array[: options.n], options.x), []
             _in_range(x, options)
         else:
             images = open_images(options.x, channels=shape[0])

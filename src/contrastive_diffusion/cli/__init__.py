@@ -479,7 +479,3 @@ COMMANDS: dict[str, Command] = {
     "report": Command("Write the HTML page of a run again.", _simple(Report, "report"), _act_report),
     "list": Command("List experiments, recipes, toys, solvers, grids.", _simple(List, "list"), _act_list),
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())
