@@ -122,9 +122,9 @@ def signals(quick: bool) -> list[dict[str, Any]]:
     exact = gradients(net, Contrastive(RANGE, points=64, share=1.0), 512, 10 if quick else 40, "exact").mean(0)
     ours = {
         "default": Contrastive(),
-        "points 4": Contrastive(points=4),
-        "points 16": Contrastive(points=16),
-        "points 32": Contrastive(points=32),
+        "points 4": Contrastive(points=4, share=1 / 8),
+        "points 8": Contrastive(points=8, share=1 / 16),
+        "points 32": Contrastive(points=32, share=1 / 64),
         "clean 0.25": Contrastive(clean=0.25),
         "clean 0.75": Contrastive(clean=0.75),
         "through clean": Contrastive(through="clean"),

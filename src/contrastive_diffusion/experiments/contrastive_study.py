@@ -150,7 +150,8 @@ def _factors(config: Config, law: str, seed: int, matched: tuple[float, ...]) ->
         "weight x 10": {"contrastive": loss.contrastive * 10},
         "share / 4": {"share": loss.share / 4},
         "share x 4": {"share": loss.share * 4},
-        "points x 4, share / 4": {"points": loss.points * 4, "share": loss.share / 4},
+        "points / 2, share x 2": {"points": loss.points // 2, "share": loss.share * 2},
+        "points x 2, share / 2": {"points": loss.points * 2, "share": loss.share / 2},
     }
     changed = {name: dataclasses.replace(loss, **change) for name, change in choices.items()}
     return {

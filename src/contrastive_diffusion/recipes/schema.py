@@ -91,9 +91,9 @@ class Loss:
     """Weight of the contrastive loss; 0 leaves it out."""
     zeta: tuple[float, float] = (-4.0, 10.0)
     """Range of the contrasted log-SNR, uniform."""
-    points: int = Field(default=8, ge=4, multiple_of=4)
+    points: int = Field(default=16, ge=4, multiple_of=4)
     """(log-SNR, noise) points per likelihood ratio, a multiple of four."""
-    share: float = Field(default=1 / 16, gt=0, le=1)
+    share: float = Field(default=1 / 32, gt=0, le=1)
     """Share of the batch that is contrasted."""
     perturbation: float = Field(default=0.0, ge=0)
     """Std of extra input noise in the denoising part (DDPM-IP)."""
