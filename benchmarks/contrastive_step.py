@@ -8,16 +8,14 @@ rows), squared, over the gradient's variance, per evaluation. One choice of the 
 python benchmarks/contrastive_step.py [--quick] [--out benchmarks/results/contrastive_step.json]
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from _common import options, show, write
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -25,10 +23,8 @@ from contrastive_diffusion.channel import compose, corrupt, per_row
 from contrastive_diffusion.data.images import digits
 from contrastive_diffusion.data.toys import dino
 from contrastive_diffusion.denoisers import Denoiser, check_data, noised
-from contrastive_diffusion.files import write_atomic
 from contrastive_diffusion.objectives import Contrastive, Denoising, Objective, Weighted
 from contrastive_diffusion.recipes import Loss, Net
-from contrastive_diffusion.runs import environment, tune_process
 from contrastive_diffusion.schedules import Schedule, draw, logistic, slope, uniform
 from contrastive_diffusion.training import Rows, State, Training, stream, train
 
@@ -136,37 +132,24 @@ def signals(quick: bool) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name, (objective, batch) in cases.items():
         rows.append(signal(name, gradients(net, objective, batch, count, name), exact, objective.evals(batch)))
-        show(rows)
+        show(rows, 24)
     return rows
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    if len(rows) == 1:
-        print("  ".join(f"{key:>24}" for key in rows[0]))
-    print("  ".join(f"{v:>24.4g}" if isinstance(v, float) else f"{v:>24}" for v in rows[-1].values()), flush=True)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    tune_process()
+    chosen = options(__doc__).parse_args()
     toy, images = Rows(dino().sample(20_000, stream(0, "data"))), Rows(digits())
     unet = Net(kind="ddpm", width=32, blocks=1, mult=(1, 2), attention=())
     cases: list[Callable[[], dict[str, Any]]] = [
-        lambda: cost("mlp 64", Net().build((2,), 0), toy, 512, 8 if options.quick else 60),
-        lambda: cost("mlp 128", Net(width=128).build((2,), 0), toy, 512, 8 if options.quick else 40),
-        lambda: cost("u-net 32", unet.build((1, 8, 8), 0), images, 128, 3 if options.quick else 15),
+        lambda: cost("mlp 64", Net().build((2,), 0), toy, 512, 8 if chosen.quick else 60),
+        lambda: cost("mlp 128", Net(width=128).build((2,), 0), toy, 512, 8 if chosen.quick else 40),
+        lambda: cost("u-net 32", unet.build((1, 8, 8), 0), images, 128, 3 if chosen.quick else 15),
     ]
     costs: list[dict[str, Any]] = []
     for case in cases:
         costs.append(case())
-        show(costs)
-    found = {"costs": costs, "signals": signals(options.quick)}
-    if options.out:
-        about = environment() | {"command": f"python benchmarks/contrastive_step.py{' --quick' * options.quick} --out {options.out}"}
-        write_atomic(options.out, json.dumps({"environment": about} | found, indent=1))
+        show(costs, 24)
+    write(chosen.out, {"costs": costs, "signals": signals(chosen.quick)})
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ The second table adds our devices one by one.
 python benchmarks/llr.py [--quick] [--out benchmarks/results/llr.json]
 """
 
-import argparse
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from _common import options, show, write
 from torch import Tensor
 
 from contrastive_diffusion import likelihood
@@ -22,10 +20,8 @@ from contrastive_diffusion.channel import compose, corrupt, per_row
 from contrastive_diffusion.data.mixtures import GaussianMixture
 from contrastive_diffusion.data.toys import dino, two_modes
 from contrastive_diffusion.denoisers import Denoiser, finest_of, noised
-from contrastive_diffusion.files import write_atomic
 from contrastive_diffusion.likelihood import MARGIN, llr
 from contrastive_diffusion.recipes import Loss, Net
-from contrastive_diffusion.runs import environment, tune_process
 from contrastive_diffusion.schedules import Plateau, Schedule, logistic, slope
 from contrastive_diffusion.training import State, Training, train
 
@@ -141,28 +137,18 @@ def ablation(name: str, law: GaussianMixture, zeta: float, label: int, count: in
     return {"law": name, "zeta": zeta, "label": label, "independent": apart} | found
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    if len(rows) == 1:
-        print("  ".join(f"{key:>15}" for key in rows[0]))
-    print("  ".join(f"{v:>15.4g}" if isinstance(v, float) else f"{v:>15}" for v in rows[-1].values()), flush=True)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="Dino and two modes at 128 evaluations only")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    tune_process()
+    chosen = options(__doc__, "Dino and two modes at 128 evaluations only").parse_args()
     law = dino()
     laws: dict[str, tuple[GaussianMixture, Denoiser, int, int]] = {"dino": (law, law, 20, 20), "two-modes": (*[two_modes()] * 2, 20, 20)}  # pyright: ignore
-    if not options.quick:
+    if not chosen.quick:
         laws |= {"dino-net": (law, trained(), 20, 20), "mixture64": (*[mixture64()] * 2, 10, 10), "spectrum3072": (*[spectrum3072()] * 2, 4, 6)}  # pyright: ignore
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
         for name, (truth, denoiser, count, repeats) in laws.items():
             for zeta in ZETAS:
                 for label in (1, -1):
-                    for evals in (128,) if options.quick else (32, 128, 512):
+                    for evals in (128,) if chosen.quick else (32, 128, 512):
                         rows.append(measure(name, truth, denoiser, zeta, label, evals, count, repeats))
                         show(rows)
         devices: list[dict[str, Any]] = []
@@ -171,9 +157,7 @@ def main() -> None:
                 for label in (1, -1):
                     devices.append(ablation(name, laws[name][0], zeta, label, 20, 20))
                     show(devices)
-    if options.out:
-        found = environment() | {"command": f"python benchmarks/llr.py{' --quick' * options.quick} --out {options.out}"}
-        write_atomic(options.out, json.dumps({"environment": found, "rows": rows, "devices": devices}, indent=1))
+    write(chosen.out, {"rows": rows, "devices": devices})
 
 
 if __name__ == "__main__":

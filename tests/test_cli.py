@@ -252,6 +252,8 @@ def test_estimate_reads_images_and_folders_and_refuses_what_is_none(tmp_path, ca
     (tmp_path / "empty").mkdir()
     Image.fromarray(np.zeros((8, 9), np.uint8)).save(folder / "3.png")
     np.save(tmp_path / "bytes.npy", np.full((2, 1, 8, 8), 200.0))
-    for path, message in (("empty", "without image files"), ("images", "3.png"), ("bytes.npy", "images in [-1, 1]"), ("none", "existing")):
+    np.save(tmp_path / "nan.npy", np.full((2, 1, 8, 8), np.nan))
+    refused = {"empty": "without image files", "images": "3.png", "bytes.npy": "images in [-1, 1]", "nan.npy": "finite", "none": "existing"}
+    for path, message in (refused | {"none.npy": "existing"}).items():
         assert main(["estimate", "nll", net, "--x", str(tmp_path / path), "--evals", "16"]) == 2
         assert message in capsys.readouterr().err

@@ -224,17 +224,19 @@ def test_the_radius_is_the_chi_quantile(dim):
     torch.testing.assert_close(_radius(quantile, dim), truth, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("dim", [1, 2, 5])
-def test_noise_comes_in_groups_and_each_point_is_standard_normal(dim, generator):
-    eps = _noise(torch.zeros(5000, dim, dtype=torch.float64), 8, generator).unflatten(1, (2, 4))
+def test_noise_comes_in_groups_and_each_point_is_standard_normal(dim, even, generator):
+    eps = _noise(torch.zeros(5000, dim, dtype=torch.float64), 8, generator, even=even).unflatten(1, (2, 4))
     u, minus_u, v, minus_v = eps.unbind(2)
-    assert u.equal(-minus_u)
-    assert v.equal(-minus_v)
+    for one, other in ((u, minus_u), (v, minus_v)):
+        torch.testing.assert_close(one / one.norm(dim=2, keepdim=True), -other / other.norm(dim=2, keepdim=True))
     if dim > 1:
         torch.testing.assert_close((u * v).sum(2), torch.zeros(5000, 2, dtype=torch.float64))
-    quantiles = [torch.from_numpy(scipy.stats.chi(dim).cdf(w.norm(dim=2).numpy())) for w in (u, v)]
-    torch.testing.assert_close(quantiles[0] + quantiles[1], torch.ones(5000, 2, dtype=torch.float64))
-    for point in (u, v):
+    q = torch.from_numpy(scipy.stats.chi(dim).cdf(eps.norm(dim=3).numpy()))
+    rest = [1 - q[..., 0], (q[..., 0] + 0.5) % 1, (0.5 - q[..., 0]) % 1] if even else [q[..., 0], 1 - q[..., 0], 1 - q[..., 0]]
+    torch.testing.assert_close(q[..., 1:].sort(dim=2).values, torch.stack(rest, 2).sort(dim=2).values)
+    for point in (u, v, minus_v):
         for axis in range(dim):
             assert scipy.stats.kstest(point[:, 0, axis].numpy(), "norm").pvalue > 1e-3
         assert (torch.cov(point[:, 0].T).reshape(dim, dim) - torch.eye(dim, dtype=torch.float64)).abs().max() < 0.09
@@ -246,9 +248,18 @@ def test_groups_and_equal_spacing_pay(generator, monkeypatch):
     law = GaussianMixture(torch.randn(5, 64, generator=generator), 0.3)
     x = law.sample(200, generator, torch.float64)
     grouped = float((llr(law, x, 6.0, 64, generator).mean - law.llr(x, 6.0)).square().mean())
-    monkeypatch.setattr(likelihood, "_noise", lambda x, n, g, spread: unit_noise((len(x), n, *x.shape[1:]), x, g))
+    monkeypatch.setattr(likelihood, "_noise", lambda x, n, g, spread=False, even=False: unit_noise((len(x), n, *x.shape[1:]), x, g))
     alone = float((llr(law, x, 6.0, 64, generator).mean - law.llr(x, 6.0)).square().mean())
     assert grouped < 0.05 * alone
+
+
+def test_the_curve_gains_at_fine_levels_too(generator, monkeypatch):
+    """On two modes at log-SNR 8, where the error is even in the noise, against independent noise: pairs of equal radii would lose."""
+    law, levels = two_modes(), torch.tensor([8.0])
+    x = law.sample(20, generator, torch.float64).repeat_interleave(50, 0)
+    own = mse_curve(law, x, levels, 32, generator).mean.reshape(20, 50).var(1).mean()
+    monkeypatch.setattr(likelihood, "_noise", lambda x, n, g, even: unit_noise((len(x), n, *x.shape[1:]), x, g))
+    assert own < 0.5 * mse_curve(law, x, levels, 32, generator).mean.reshape(20, 50).var(1).mean()
 
 
 def test_rows_do_not_touch_one_another_beyond_the_control_variate(generator):

@@ -339,11 +339,11 @@ def ood_score(
 def mse_curve(denoiser: Denoiser, x: Tensor, logsnrs: Tensor, evals: int = 128, generator: torch.Generator | None = None) -> Estimate:
     r""":math:`E_\epsilon\|\epsilon-\hat\epsilon(z_\alpha,\alpha)\|^2` of each row at each of L ``logsnrs``: mean and stderr (B, L).
 
-    ``evals`` per row in all, at least 8 L; every level reads the same noise, in groups as for ``llr``.
+    ``evals`` per row in all, at least 8 L; every level reads the same noise, in groups of four radii at quantiles that balance.
     """
     levels = torch.as_tensor(logsnrs, dtype=torch.float64, device=check_data(x).device)
     n = _points(evals, len(levels), 2)
-    eps = _noise(x, n, generator)
+    eps = _noise(x, n, generator, even=True)
     out = []
     for level in levels:
         wide = level.expand(len(x), n)
@@ -386,11 +386,12 @@ def _draw(x: Tensor, law: Plateau, n: int, generator: torch.Generator | None, sp
     return logsnr, weight, eps, z
 
 
-def _noise(x: Tensor, n: int, generator: torch.Generator | None, spread: bool = False) -> Tensor:
+def _noise(x: Tensor, n: int, generator: torch.Generator | None, spread: bool = False, even: bool = False) -> Tensor:
     """Unit noise (b, n, *S) in groups u, -u, v, -v with u, v orthogonal and opposite quantiles of the radius; each point is exactly N(0, I).
 
     Groups are independent; or ``spread``: their radii, and in two dimensions their angles, are a shifted low-discrepancy sequence. That is
-    more exact, but the differences of neighbours then say little about the error.
+    more exact, but the differences of neighbours then say little about the error. ``even``: the radii of u and -u are at opposite quantiles
+    as well. Integrals over levels are mostly odd in the noise, which equal radii cancel; the error at one fine level is mostly even.
     """
     dim, count = x[0].numel(), n // GROUP
     first, second = unit_noise((2, len(x), count, dim), x, generator)
@@ -405,8 +406,11 @@ def _noise(x: Tensor, n: int, generator: torch.Generator | None, spread: bool = 
     if dim > 1:
         second = second - (second * first).sum(2, keepdim=True) * first
     second = second / second.norm(dim=2, keepdim=True)
-    u, v = (axis * _radius(q, dim).to(x.dtype) for axis, q in ((first, quantile), (second, 1 - quantile)))
-    return torch.stack([u, -u, v, -v], 2).reshape(len(x), n, *x.shape[1:])
+    quantiles = torch.stack([quantile, (quantile + 0.5) % 1] if even else [quantile])
+    inner, outer = (_radius(q.clamp(1e-12, 1 - 1e-12), dim).to(x.dtype) for q in (quantiles, 1 - quantiles))
+    u, v = first * inner[0], second * outer[-1]
+    back = (first * outer[0], second * inner[-1]) if even else (u, v)
+    return torch.stack([u, -back[0], v, -back[1]], 2).reshape(len(x), n, *x.shape[1:])
 
 
 def _uniform(shape: tuple[int, ...], x: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -1,0 +1,33 @@
+"""What the benchmarks share: their options, a table that grows as it is measured, and a file that says how it was made."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from contrastive_diffusion.files import write_atomic
+from contrastive_diffusion.runs import environment, tune_process
+
+
+def options(about: str | None, quick: str = "fewer cases and repeats") -> argparse.ArgumentParser:
+    """The parser of ``--quick`` and ``--out``, in a process of one thread."""
+    tune_process()
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    return parser
+
+
+def show(rows: list[dict[str, Any]], width: int = 16) -> None:
+    """Prints the last row, after the head if it is the first."""
+    if len(rows) == 1:
+        print("  ".join(f"{key:>{width}}" for key in rows[0]))
+    print("  ".join(f"{v:>{width}.4g}" if isinstance(v, float) else f"{v!s:>{width}}" for v in rows[-1].values()), flush=True)
+
+
+def write(out: Path | None, found: dict[str, Any], **about: Any) -> None:
+    """Writes what was found, with the environment and the command, if a file was asked for."""
+    if out:
+        command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        write_atomic(out, json.dumps({"environment": environment() | {"command": command} | about} | found, indent=1))
