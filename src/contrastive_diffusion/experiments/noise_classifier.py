@@ -3,6 +3,8 @@
 The exact denoiser of Dino and two trained ones, plain and contrastive from a common start at equal evaluations, beside the closed form.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch.nn.functional import softplus
 
 from contrastive_diffusion import metrics
 from contrastive_diffusion.data.toys import circles, dino
-from contrastive_diffusion.denoisers import noised
+from contrastive_diffusion.denoisers import Denoiser, noised
 from contrastive_diffusion.experiments import _page as page
 from contrastive_diffusion.experiments._branches import branch_recipes, made_before, train_branches
 from contrastive_diffusion.likelihood import credible_interval, llr, noise_posterior, ood_score
@@ -63,7 +65,7 @@ def run(config: Config) -> Path:
     sources = {"exact denoiser": "dino"} | {name: recipes[name].out for name in BRANCHES}
     work([(_classify, (config, name, source)) for name, source in sources.items()], config.jobs)
     parts = {name: main.part(f"classified-{_slug(name)}", made_before)[0] for name in sources}
-    truth = _truth(config)
+    truth = _said(config, _bayes())
     arrays: dict[str, Tensor] = {"levels": LEVELS, "zetas": ZETAS, "index": torch.arange(len(truth["posterior"]), dtype=torch.float64)}
     numbers = {name: _numbers(found, truth) for name, found in ({"Bayes": truth} | parts).items()}
     blocks = _blocks(config, {"Bayes": truth} | parts, numbers, arrays)
@@ -100,41 +102,49 @@ def _foreign(config: Config, name: str) -> Tensor:
     return made[name]()
 
 
-def _truth(config: Config) -> dict[str, Tensor]:
-    """The closed form in the places of the estimates."""
+@dataclass(frozen=True)
+class Reader:
+    """What is said of points: log-probabilities of LEVELS, log p_zeta - log p, and the scores "nll" and "llr" by kind."""
+
+    posterior: Callable[[Tensor], Tensor]
+    ratio: Callable[[Tensor, float], Tensor]
+    score: Callable[[Tensor, str], Tensor]
+
+
+def _bayes() -> Reader:
+    """The closed form."""
     law = dino()
+    return Reader(
+        lambda x: torch.stack([law.log_prob(x.double(), float(level)) for level in LEVELS], 1).log_softmax(1),
+        lambda x, zeta: law.llr(x.double(), zeta),
+        lambda x, kind: law.nll(x.double()) if kind == "nll" else law.llr(x.double(), 0.0),
+    )
+
+
+def _estimates(denoiser: Denoiser, evals: int) -> Reader:
+    """What a denoiser says at ``evals`` evaluations a posterior and an eighth of them a ratio."""
+    each = evals // 8
+    return Reader(
+        lambda x: noise_posterior(denoiser, x, LEVELS, evals, stream(0, "posterior")).double(),
+        lambda x, zeta: llr(denoiser, x, zeta, each, stream(0, f"ratio {zeta}")).mean.double(),
+        lambda x, kind: ood_score(denoiser, x, kind, each, stream(0, kind)).mean.double(),
+    )
+
+
+def _said(config: Config, reader: Reader) -> dict[str, Tensor]:
+    """Everything a reader says."""
     x, index = _levelled(config)
-    found = {"posterior": torch.stack([law.log_prob(x.double(), float(level)) for level in LEVELS], 1).log_softmax(1), "index": index}
+    found = {"posterior": reader.posterior(x), "index": index}
     for zeta in ZETAS.tolist():
-        clean, dirty = (law.llr(v.double(), zeta) for v in _binary(config, zeta))
+        clean, dirty = (reader.ratio(v, zeta) for v in _binary(config, zeta))
         found |= {f"clean {zeta:g}": clean, f"dirty {zeta:g}": dirty}
-    for kind in ("nll", "llr"):
-        score = (lambda v: law.nll(v.double())) if kind == "nll" else (lambda v: law.llr(v.double(), 0.0))
-        found |= {f"{kind} {name}": score(_foreign(config, name)) for name in SHIFTS} | {
-            f"{kind} own": score(law.sample(config.points, stream(4, "own")))
-        }
-    return found
+    scored = {name: _foreign(config, name) for name in SHIFTS} | {"own": dino().sample(config.points, stream(4, "own"))}
+    return found | {f"{kind} {name}": reader.score(v, kind) for kind in ("nll", "llr") for name, v in scored.items()}
 
 
 @torch.no_grad()
 def _classify(config: Config, name: str, source: str, position: int) -> None:
-    """Everything one denoiser says."""
-
-    def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        denoiser, _ = named_denoiser(source)
-        x, index = _levelled(config)
-        found = {"posterior": noise_posterior(denoiser, x, LEVELS, config.evals, stream(0, "posterior")).double(), "index": index}
-        evals = config.evals // 8
-        for zeta in ZETAS.tolist():
-            clean, dirty = (llr(denoiser, v, zeta, evals, stream(0, f"ratio {zeta}")).mean.double() for v in _binary(config, zeta))
-            found |= {f"clean {zeta:g}": clean, f"dirty {zeta:g}": dirty}
-        for kind in ("nll", "llr"):
-            for key in (*SHIFTS, "own"):
-                v = dino().sample(config.points, stream(4, "own")) if key == "own" else _foreign(config, key)
-                found[f"{kind} {key}"] = ood_score(denoiser, v, kind, evals, stream(0, f"{kind} {key}")).mean.double()
-        return found, {}
-
-    Run(Path(config.out)).part(f"classified-{_slug(name)}", make)
+    Run(Path(config.out)).part(f"classified-{_slug(name)}", lambda: (_said(config, _estimates(named_denoiser(source)[0], config.evals)), {}))
 
 
 def _numbers(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Any]:
