@@ -62,7 +62,7 @@ def test_ctrl_c_keeps_the_finished_batches(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(sampling.Sequential, "__call__", interrupted)
     assert main(["sample", "dino", "--n", "10", "--batch", "4", "--steps", "5", "--out", str(tmp_path / "x.npy")]) == 130
-    assert "interrupted: 8 of 10 samples were finished" in capsys.readouterr().out
+    assert "interrupted; 8 of 10 samples were finished and are saved" in capsys.readouterr().err
     assert np.load(tmp_path / "x.npy").shape == (8, 2)
 
 
@@ -215,15 +215,21 @@ def test_broken_checkpoints_and_results_are_one_line(trained, tmp_path, capsys):
     assert "expected whole results" in capsys.readouterr().err
 
 
-def test_ctrl_c_is_one_line(monkeypatch, capsys):
+def test_ctrl_c_is_one_line_that_says_what_is_left(monkeypatch, capsys, tmp_path):
+    import contrastive_diffusion.runs as runs
     import contrastive_diffusion.sampling as sampling
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sampling.Sequential, "__call__", interrupted)
-    assert main(["sample", "dino", "--n", "1"]) == 130
-    assert "run the same command again" in capsys.readouterr().err
+    monkeypatch.setattr(runs, "fit", interrupted)
+    for args, said in (
+        (["sample", "dino", "--n", "1"], "nothing was written"),
+        (["train", "--out", f"{tmp_path}/r"], "run the same command again to continue"),
+    ):
+        assert main(args) == 130
+        assert capsys.readouterr().err.endswith(f"cdl: interrupted; {said}\n")
 
 
 def _image_run(tmp_path):
