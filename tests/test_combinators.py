@@ -21,6 +21,7 @@ from contrastive_diffusion.data.mixtures import GaussianMixture
 from contrastive_diffusion.data.toys import dino
 from contrastive_diffusion.denoisers import Counted, evaluate, finest_of, from_timesteps, noised
 from contrastive_diffusion.likelihood import mse_curve
+from contrastive_diffusion.parallel import Parallel
 from contrastive_diffusion.sampling import Sequential
 
 LEVELS = torch.tensor([-6.0, -2.0, 0.0, 3.0, 7.0], dtype=torch.float64)
@@ -129,6 +130,11 @@ def test_every_solver_keeps_the_labels_of_rows(name, generator):
     rows = [Sequential(solver)(_PerRow(means[k : k + 1]), grid, (1, 2), seed=1, first=k) for k in range(5)]
     torch.testing.assert_close(whole.x, torch.cat([r.x for r in rows]))
     assert whole.evals == sum(r.evals for r in rows)
+    if not solver.alone:
+        shared = Parallel(solver, window=4, tolerance=0.0, lanes=3, max_rows=2)(_PerRow(means), grid, (5, 2), seed=1, verify=True)
+        torch.testing.assert_close(shared.x, whole.x)
+        assert shared.defect is not None
+        assert float(shared.defect.max()) < 1e-3
 
 
 def test_guidance_on_an_interval_is_conditional_outside_and_costs_two_inside(generator):

@@ -137,6 +137,11 @@ def take(denoiser: Denoiser, index: Tensor) -> Denoiser:
     return denoiser.take(index) if hasattr(denoiser, "take") else denoiser  # pyright: ignore
 
 
+def binds_rows(denoiser: Denoiser) -> bool:
+    """Whether rows are treated differently by their place in the batch, so that each needs ``take`` to be read elsewhere."""
+    return hasattr(denoiser, "take") and take(denoiser, torch.zeros(1, dtype=torch.long)) is not getattr(denoiser, "_orig_mod", denoiser)
+
+
 def at_noise(denoiser: Denoiser, zeta: Tensor | float) -> Denoiser:
     r"""The denoiser of :math:`p_\zeta`: :math:`(z,\alpha)\mapsto b\,\hat\epsilon(z,\beta)` (Eq. 3, 5). ``zeta`` a number or (B,), nats.
 
@@ -165,7 +170,8 @@ class Bounded(torch.nn.Module):
         self.finest = high
 
     def take(self, index: Tensor) -> "Bounded":
-        return Bounded(take(self.denoiser, index), self.low, self.high)
+        inner = take(self.denoiser, index)
+        return self if inner is self.denoiser else Bounded(inner, self.low, self.high)
 
     def forward(self, z: Tensor, logsnr: Tensor) -> Tensor:
         inside = logsnr.clamp(self.low, self.high)
@@ -195,6 +201,8 @@ class FromEDM(torch.nn.Module):
         return (y - self.net(y, sigma, *labels).to(z.dtype)) / per_row(sigma, z)
 
     def take(self, index: Tensor) -> "FromEDM":
+        if all(v is None or len(v) == 1 for v in (self.class_labels, self.augment_labels)):
+            return self
         class_labels, augment_labels = (v if v is None or len(v) == 1 else v[index.to(v.device)] for v in (self.class_labels, self.augment_labels))
         return FromEDM(self.net, class_labels, augment_labels)
 

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from contrastive_diffusion.denoisers import Denoiser, ranged
+from contrastive_diffusion.denoisers import Denoiser, binds_rows, ranged, take
 from contrastive_diffusion.errors import RunError, UsageError, require
 
-Call = Callable[[Tensor, Tensor], Tensor]
+Call = Callable[[Denoiser, Tensor, Tensor], Tensor]
 
 
 class Evaluator:
@@ -27,49 +27,64 @@ class Evaluator:
         fixed: pad every call to this many rows, for compiled or captured networks; 0 leaves calls as they are.
         dtype: what the network is called in; outputs are taken back to the dtype of z.
         group: processes that share the rows; None is this process alone.
+
+    ``index`` (R,), set before a round: of which samples its rows are, for a denoiser that is bound to samples (one with a label for each).
     """
 
     def __init__(self, denoiser: Denoiser, max_rows: int, fixed: int = 0, dtype: torch.dtype | None = None, group: Any = None):
         self.denoiser, self.max_rows, self.fixed, self.dtype, self.group = denoiser, max_rows, fixed, dtype, group
         self.size, self.rank = (dist.get_world_size(group), dist.get_rank(group)) if group is not None else (1, 0)
         self.rows, self.reads = 0, 0
+        self.bound, self.index = binds_rows(denoiser), None
         self.error: Exception | None = None
         self.status: Tensor | None = None
 
     def __call__(self, z: Tensor, logsnr: Tensor) -> Tensor:
+        return self.read(z, logsnr, self.index)
+
+    def take(self, rows: Tensor) -> Denoiser:
+        """The same for some rows of the round."""
+        if not self.bound:
+            return self
+        index = self.index
+        return lambda z, logsnr: self.read(z, logsnr, None if index is None else index[rows])
+
+    def read(self, z: Tensor, logsnr: Tensor, index: Tensor | None) -> Tensor:
         self.rows, self.reads = self.rows + len(z), self.reads + 1
-        return self._everyone(z, logsnr, self._eps)[:, 0]
+        return self._everyone(z, logsnr, self._eps, index)[:, 0]
 
     def ranged(self, z: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor]:
         """eps_hat and the share of a learned variance, of a denoiser that has one."""
         self.rows, self.reads = self.rows + len(z), self.reads + 1
-        eps_hat, v = self._everyone(z, logsnr, self._eps_and_range).unbind(1)
+        eps_hat, v = self._everyone(z, logsnr, self._eps_and_range, self.index).unbind(1)
         return eps_hat, v
 
-    def _eps(self, z: Tensor, logsnr: Tensor) -> Tensor:
-        eps_hat = self.denoiser(z, logsnr)
+    def _eps(self, denoiser: Denoiser, z: Tensor, logsnr: Tensor) -> Tensor:
+        eps_hat = denoiser(z, logsnr)
         require(eps_hat.shape == z.shape, f"a denoiser that returns {tuple(eps_hat.shape)}", f"the shape of z, {tuple(z.shape)}")
         return eps_hat[:, None]
 
-    def _eps_and_range(self, z: Tensor, logsnr: Tensor) -> Tensor:
-        return torch.stack(ranged(self.denoiser, z, logsnr), 1)
+    def _eps_and_range(self, denoiser: Denoiser, z: Tensor, logsnr: Tensor) -> Tensor:
+        return torch.stack(ranged(denoiser, z, logsnr), 1)
 
-    def _everyone(self, z: Tensor, logsnr: Tensor, call: Call) -> Tensor:
-        return self._local(z, logsnr, call) if self.size == 1 else self._shared(z, logsnr, call)
+    def _everyone(self, z: Tensor, logsnr: Tensor, call: Call, index: Tensor | None) -> Tensor:
+        index = torch.zeros(len(z), dtype=torch.long, device=z.device) if index is None else index
+        return self._local(z, logsnr, call, index) if self.size == 1 else self._shared(z, logsnr, call, index)
 
-    def _local(self, z: Tensor, logsnr: Tensor, call: Call) -> Tensor:
+    def _local(self, z: Tensor, logsnr: Tensor, call: Call, index: Tensor) -> Tensor:
         """Outputs (N, k, *S) of these rows, in chunks."""
         chunk = min(self.max_rows, self.fixed or self.max_rows)
-        parts = [self._chunk(zs, ls, chunk, call) for zs, ls in zip(z.split(chunk), logsnr.split(chunk), strict=True)]
+        parts = [self._chunk(zs, ls, chunk, call, at) for zs, ls, at in zip(z.split(chunk), logsnr.split(chunk), index.split(chunk), strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _chunk(self, z: Tensor, logsnr: Tensor, chunk: int, call: Call) -> Tensor:
+    def _chunk(self, z: Tensor, logsnr: Tensor, chunk: int, call: Call, index: Tensor) -> Tensor:
         rows = len(z)
         if self.fixed and rows < chunk:
-            z, logsnr = (torch.cat([v, v[:1].expand(chunk - rows, *v.shape[1:])]) for v in (z, logsnr))
-        return call(z.to(self.dtype or z.dtype), logsnr.to(self.dtype or logsnr.dtype))[:rows].to(z.dtype)
+            z, logsnr, index = (torch.cat([v, v[:1].expand(chunk - rows, *v.shape[1:])]) for v in (z, logsnr, index))
+        denoiser = take(self.denoiser, index) if self.bound else self.denoiser
+        return call(denoiser, z.to(self.dtype or z.dtype), logsnr.to(self.dtype or logsnr.dtype))[:rows].to(z.dtype)
 
-    def _shared(self, z: Tensor, logsnr: Tensor, call: Call) -> Tensor:
+    def _shared(self, z: Tensor, logsnr: Tensor, call: Call, index: Tensor) -> Tensor:
         """This process's share, then everyone's. The last number of each share is 1 where it failed."""
         shares = [len(z) * k // self.size for k in range(self.size + 1)]
         outputs = 1 if call == self._eps else 2
@@ -78,7 +93,7 @@ class Evaluator:
         low, high = shares[self.rank], shares[self.rank + 1]
         try:
             if high > low and self.error is None:
-                mine[: (high - low) * numel] = self._local(z[low:high], logsnr[low:high], call).flatten()
+                mine[: (high - low) * numel] = self._local(z[low:high], logsnr[low:high], call, index[low:high]).flatten()
         except Exception as error:
             self.error = error
         if self.error is not None:

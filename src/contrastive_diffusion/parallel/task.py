@@ -158,6 +158,8 @@ class Task:
         ids = self.host.ids[rows > 0]
         self.sample_evals[ids] += rows[rows > 0] * self.options.solver.evals
         self.sample_rounds[ids] += 1
+        if self.evaluator.bound:
+            self.evaluator.index = self.sample[lane]
         read(self.ring, self.step, self.noise, j, lane)
         measured = torch.from_numpy(self.host.measured.copy()).to(self.device, non_blocking=True)
         outcome = correct(self.ring, self.step, self.noise, self.slope, measured, self.rule)
@@ -238,7 +240,7 @@ class Task:
     def verify(self) -> Tensor:
         """The largest defect of a step of each accepted path, root mean square, in units of the std of its DDPM posterior, (B,)."""
         assert self.path is not None
-        states = self.states()
+        states, self.evaluator.index = self.states(), torch.arange(self.count, device=self.device)
         ids, worst, recent = torch.arange(self.first, self.first + self.count, device=self.device), torch.zeros(self.count, device=self.device), []
         for i in range(len(self.step)):
             noise, z = states[i], states[i]
