@@ -204,7 +204,7 @@ def test_torchmetrics_agrees(generator):
     reference = metrics.moments(y.flatten(1))
     ours = _frechet(x.flatten(1), reference.mean, reference.cov, bounds(130, 5))
     assert ours.value == pytest.approx(float(theirs.compute()), rel=1e-4)
-    theirs = kernel.KernelInceptionDistance(Flat(), subsets=1, subset_size=130, normalize=True, input_img_size=(3, 2, 2))
+    theirs = kernel.KernelInceptionDistance(Flat(), subsets=1, subset_size=130, normalize=True)
     theirs.update(y[:130], real=True)
     theirs.update(x, real=False)
     assert metrics.kid(x.flatten(1), y[:130].flatten(1)).mean == pytest.approx(float(theirs.compute()[0]), rel=1e-4)
