@@ -8,7 +8,7 @@ import sys
 from dataclasses import make_dataclass
 from typing import Annotated, Any, Union
 
-from contrastive_diffusion.cli import checkpoints, estimate, experiments, listing, sample, training
+from contrastive_diffusion.cli import checkpoints, estimate, experiments, generate, listing, sample, training
 from contrastive_diffusion.cli._command import Command
 from contrastive_diffusion.errors import RunError, UsageError, choose, require
 
@@ -93,6 +93,7 @@ COMMANDS: dict[str, Command] = {
     "convert": checkpoints.CONVERT,
     "inspect": checkpoints.INSPECT,
     "sample": sample.COMMAND,
+    "generate": generate.COMMAND,
     "estimate": estimate.COMMAND,
     "report": experiments.REPORT,
     "list": listing.COMMAND,

@@ -1,16 +1,11 @@
 """``cdl sample``."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 from contrastive_diffusion.cli._command import Command, simple
 from contrastive_diffusion.errors import require
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -58,18 +53,20 @@ def _act_sample(options: Sample) -> None:
     from contrastive_diffusion.parallel import Parallel
     from contrastive_diffusion.parallel.processes import first_process, world
     from contrastive_diffusion.runs import named_denoiser
+    from contrastive_diffusion.runs.pool import stepping
     from contrastive_diffusion.sampling import Sequential, in_batches
+    from contrastive_diffusion.solvers import levels_for
     from contrastive_diffusion.solvers import solver as named_solver
 
     require(options.n >= 1, f"--n {options.n}", "at least 1")
     solver = named_solver(options.solver)
-    levels = _levels(options, solver)
+    levels = levels_for(solver, options.steps, options.evals, options.grid)
     denoiser, shape = named_denoiser(options.source, options.label)
     if hasattr(denoiser, "to"):
         denoiser = denoiser.to(options.device)  # pyright: ignore
     group = world(options.device) if options.parallel else None
     sampler = Parallel(solver, options.slope, options.window, options.tolerance, group=group) if options.parallel else Sequential(solver)
-    with _bar(options, len(levels) - 1) as watch:
+    with stepping("sample", len(levels) - 1, -(-options.n // max(options.batch, 1))) as watch:
         drawn = in_batches(sampler, denoiser, levels, (options.n, *shape), options.seed, batch=options.batch, device=options.device, watch=watch)
     if not first_process(group):
         return
@@ -81,35 +78,6 @@ def _act_sample(options: Sample) -> None:
     )
     if n < options.n:
         raise KeyboardInterrupt(f"{n} of {options.n} samples were finished and are saved; the same command starts over, cdl generate would continue")
-
-
-def _levels(options: Sample, solver: Any) -> "Tensor":
-    """The grid that --steps or --evals and --grid ask for."""
-    from contrastive_diffusion.schedules import named_grid
-    from contrastive_diffusion.solvers import natural_grid, natural_steps, steps_for
-
-    require(options.steps is None or options.evals is None, "--steps and --evals", "one of the two")
-    steps = steps_for(solver, options.evals) if options.evals is not None else options.steps
-    grid = options.grid or natural_grid(solver)
-    listed = not grid[:1].isalpha()
-    return named_grid(grid, steps if steps is not None or listed else natural_steps(solver))
-
-
-@contextmanager
-def _bar(options: Sample, steps: int) -> "Iterator[Callable[[Any], None]]":
-    """A progress bar over all batches, as what a sampler calls after each round."""
-    from tqdm import tqdm
-
-    batches = -(-options.n // max(options.batch, 1))
-    with tqdm(total=steps * batches, desc="sample", unit="step", leave=False) as bar:
-        seen = {"batch": 0}
-
-        def watch(found: Any) -> None:
-            seen["batch"] += found.number == 1
-            place = (seen["batch"] - 1) * steps + min(found.begin, steps)
-            bar.update(max(place - bar.n, 0))
-
-        yield watch
 
 
 COMMAND = Command("Draw samples, in sequence or in parallel.", simple(Sample, "sample"), _act_sample)

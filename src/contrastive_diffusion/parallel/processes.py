@@ -35,7 +35,8 @@ class Evaluator:
         self.denoiser, self.max_rows, self.fixed, self.dtype, self.group = denoiser, max_rows, fixed, dtype, group
         self.size, self.rank = (dist.get_world_size(group), dist.get_rank(group)) if group is not None else (1, 0)
         self.rows, self.reads = 0, 0
-        self.bound, self.index = binds_rows(denoiser), None
+        self.bound = binds_rows(denoiser)
+        self.index: Tensor | None = None
         self.error: Exception | None = None
         self.status: Tensor | None = None
 

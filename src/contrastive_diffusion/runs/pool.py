@@ -1,15 +1,18 @@
-"""Work shared between processes of one thread each."""
+"""Work shared between processes of one thread each, and how far it is."""
 
 import ctypes
 import multiprocessing
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from contrastive_diffusion.sampling import Round, Watch
 
 
 def tune_process(threads: int = 1) -> None:
@@ -23,6 +26,20 @@ def tune_process(threads: int = 1) -> None:
         if mallopt is not None:
             for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
                 mallopt(parameter, 2**30)
+
+
+@contextmanager
+def stepping(label: str, steps: int, batches: int, hidden: bool = False) -> Iterator[Watch]:
+    """A progress bar over ``batches`` of a sampler, each ``steps`` long, as what the sampler calls after each round."""
+    with tqdm(total=steps * batches, desc=label, unit="step", leave=False, disable=hidden, mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
+        seen = 0
+
+        def watch(found: Round) -> None:
+            nonlocal seen
+            seen += found.number == 1
+            bar.update(max((seen - 1) * steps + min(found.begin, steps) - bar.n, 0))
+
+        yield watch
 
 
 Task = tuple[Callable[..., Any], tuple[Any, ...]]

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from contrastive_diffusion.runs.folder import Run
 from contrastive_diffusion.schedules import ends
 from contrastive_diffusion.training import Feed
 
+Weights = Literal["ema", "raw"]
 FRESH = "trained from scratch: that of whoever trained it"  # licence of such weights
 
 
@@ -55,7 +56,7 @@ def start_net(config: Train, dim: int) -> nn.Module:
     """A fresh network for vectors, or that of the run ``config.init`` with its averaged weights."""
     net = config.net.build((dim,), config.training.seed)
     if config.init is not None:
-        _load_average(net, Run.existing(config.init).trained()[0], config.init)
+        _load_weights(net, Run.existing(config.init).trained()[0], config.init)
     return net
 
 
@@ -84,18 +85,24 @@ def _image_net(config: Train, data: Images) -> tuple[nn.Module, ImageNet, str]:
     licence = FRESH
     if config.init is not None:
         tensors, meta = Run.existing(config.init).trained()
-        _load_average(net, tensors, config.init)
+        _load_weights(net, tensors, config.init)
         licence = str(meta.get("licence", FRESH))
     return net, spec, licence
 
 
-def _load_average(net: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
-    """The averaged weights of the checkpoint of the run folder ``path``, into ``net``."""
-    weights = {k.removeprefix("ema.module."): v for k, v in tensors.items() if k.startswith("ema.module.")}
+def _load_weights(net: nn.Module, tensors: dict[str, Tensor], path: str | Path, which: Weights = "ema") -> None:
+    """Weights of the checkpoint of the run folder ``path``, into ``net``."""
+    prefix = {"ema": "ema.module.", "raw": "net."}[which]
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     same = {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in net.state_dict().items()}
     todo = "" if same else _why(net, weights)
     require(same, f"the network of {path}{todo}", "the network of this recipe (net.kind, width, blocks, octaves, dimension of the data)")
     net.load_state_dict(weights)
+
+
+def is_model_folder(path: str | Path) -> bool:
+    """Whether ``path`` is a converted model, not a run."""
+    return (Path(path) / "config.json").is_file() and not (Path(path) / "recipe.yaml").is_file()
 
 
 def _why(net: nn.Module, weights: dict[str, Tensor]) -> str:
@@ -125,9 +132,9 @@ class Trained:
         return self.denoiser(torch.eye(self.label_dim)[label : label + 1])
 
 
-def load_trained(path: str | Path) -> Trained:
-    """The averaged network of a run folder, or that of a model folder."""
-    if (Path(path) / "config.json").is_file() and not (Path(path) / "recipe.yaml").is_file():
+def load_trained(path: str | Path, weights: Weights = "ema") -> Trained:
+    """The network of a run folder, with averaged ("ema") or last ("raw") weights, or that of a model folder, which has only one kind."""
+    if is_model_folder(path):
         from contrastive_diffusion.checkpoints.model import load_model
 
         model = load_model(Path(path))
@@ -139,7 +146,7 @@ def load_trained(path: str | Path) -> Trained:
         net, shape, label_dim = spec.build(), spec.shape, spec.label_dim
     else:
         net, shape, label_dim = config.net.build((int(meta["dim"]),), 0), (int(meta["dim"]),), 0
-    _load_average(net, tensors, path)
+    _load_weights(net, tensors, path, weights)
     return Trained(net.eval(), ends(config.loss.law()), shape, label_dim)
 
 

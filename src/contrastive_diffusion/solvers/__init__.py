@@ -5,7 +5,10 @@ The registry names what the command and the tests run; ``solver("edm:churn=40,s_
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from contrastive_diffusion.errors import call_named, require
+from contrastive_diffusion.schedules import named_grid
 from contrastive_diffusion.solvers.adaptive import Adaptive, adaptive
 from contrastive_diffusion.solvers.ancestral import DDIM2, DDPM2, LearnedDDPM, ddim, ddim2, ddpm, ddpm2
 from contrastive_diffusion.solvers.contract import Affine, Coefficients, Multistep, Solver, StepMap
@@ -16,7 +19,7 @@ from contrastive_diffusion.solvers.sde import PredictorCorrector, SdeHeun, euler
 __all__ = [
     "DDIM2", "DDPM2", "SOLVERS", "Adaptive", "Affine", "Churned", "Coefficients", "Heun", "LearnedDDPM", "Multistep", "PredictorCorrector", "SdeHeun",
     "Solver", "StepMap", "adaptive", "ddim", "ddim2", "ddpm", "ddpm2", "dpmpp", "eab", "edm", "euler", "euler_maruyama", "gradient", "heun",
-    "natural_grid", "natural_steps", "predictor_corrector", "sde_heun", "solver", "steps_for",
+    "levels_for", "natural_grid", "natural_steps", "predictor_corrector", "sde_heun", "solver", "steps_for",
 ]  # fmt: skip
 
 
@@ -30,6 +33,15 @@ def steps_for(solver: Solver, evals: int) -> int:
     require(evals >= 1, f"evals = {evals}", "evals >= 1")
     require(not isinstance(solver, Adaptive), "evals for the adaptive solver", "its tolerances, which decide them", "adaptive:relative=0.05")
     return max(1, (evals + solver.evals - 1) // solver.evals)
+
+
+def levels_for(solver: Solver, steps: int | None = None, evals: int | None = None, grid: str | None = None) -> Tensor:
+    """The log-SNRs (T + 1,) of a named ``grid`` (the solver's usual one by default) of so many ``steps``, or as many as ``evals`` evaluations pay for."""
+    require(steps is None or evals is None, "--steps and --evals", "one of the two")
+    steps = steps_for(solver, evals) if evals is not None else steps
+    grid = grid or natural_grid(solver)
+    listed = not grid[:1].isalpha()
+    return named_grid(grid, steps if steps is not None or listed else natural_steps(solver))
 
 
 def dpmpp_sde() -> Multistep:
