@@ -12,7 +12,7 @@ import contrastive_diffusion
 ROOT = Path(contrastive_diffusion.__file__).parent
 ORDER = [
     "errors", "files", "channel", "schedules", "denoisers", "likelihood", "objectives", "nets", "data", "training", "solvers", "sampling", "combinators",
-    "parallel", "metrics", "checkpoints", "recipes", "runs", "experiments", "report", "cli",
+    "parallel", "metrics", "checkpoints", "evaluation", "recipes", "runs", "experiments", "report", "cli",
 ]  # fmt: skip
 ALONE = {"nets", "metrics"}  # import nothing of the package
 NO_TORCH = ("cli", "errors", "report")

@@ -174,7 +174,9 @@ def test_prdc_agrees_with_its_authors_package(generator, capsys):
     assert {k: v.value for k, v in metrics.prdc(x, y, bounds(300, 6)).items()} == pytest.approx(expected)
 
 
-def test_nearest_finds_copies(generator):
+@pytest.mark.parametrize("members", [4096, 60])
+def test_nearest_finds_copies(members, generator, monkeypatch):
+    monkeypatch.setattr(metrics.neighbours, "MEMBERS", members)
     y = _normal(200, 5, generator)
     x = torch.cat([y[[17, 90]] + 1e-5, _normal(50, 5, generator)])
     found = metrics.nearest(x, y)
@@ -184,8 +186,8 @@ def test_nearest_finds_copies(generator):
     assert found.index[:2].tolist() == [17, 90]
     assert found.copies()[:2].tolist() == [1, 1]
     assert float(found.copies()[2:].mean()) < 0.1
-    own = metrics.nearest(y[:20], y, same=True)
-    torch.testing.assert_close(own.distance, torch.cdist(y[:20], y).sort(1).values[:, 1])
+    own = metrics.nearest(y[:80], y, same=True)
+    torch.testing.assert_close(own.distance, torch.cdist(y[:80], y).sort(1).values[:, 1])
 
 
 def test_torchmetrics_agrees(generator):

@@ -9,12 +9,12 @@ from contrastive_diffusion.metrics.classifiers import Calibration, auroc, calibr
 from contrastive_diffusion.metrics.gaussians import Frechet, Moments, frechet, frechet_replicates, moments
 from contrastive_diffusion.metrics.kernels import MMD, bandwidth_scan, gaussian, kid, median_distance, mmd, polynomial
 from contrastive_diffusion.metrics.neighbours import Nearest, nearest, prdc
-from contrastive_diffusion.metrics.scores import Interval, Replicates, Rows, Score, average, bounds, interval
+from contrastive_diffusion.metrics.scores import Interval, Replicates, Rows, Score, average, bounds, interval, of_blocks
 from contrastive_diffusion.metrics.sliced import directions, sliced_wasserstein
 from contrastive_diffusion.metrics.truth import denoiser_error, log_density, off_support
 
 __all__ = [
     "MMD", "Calibration", "Frechet", "Interval", "Moments", "Nearest", "Replicates", "Rows", "Score", "auroc", "average",
     "bandwidth_scan", "bounds", "calibration", "denoiser_error", "directions", "frechet", "frechet_replicates", "gaussian", "interval", "kid",
-    "log_density", "median_distance", "mmd", "moments", "nearest", "off_support", "polynomial", "prdc", "sliced_wasserstein",
+    "log_density", "median_distance", "mmd", "moments", "nearest", "of_blocks", "off_support", "polynomial", "prdc", "sliced_wasserstein",
 ]  # fmt: skip

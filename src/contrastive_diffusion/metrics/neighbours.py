@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from contrastive_diffusion.metrics.scores import Replicates, of_blocks
+from contrastive_diffusion.metrics.scores import Replicates, Rows, of_blocks
 
 CHUNK = 2**22
+MEMBERS = 4096  # of a large set in memory at a time
 
 
 def _distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -87,10 +88,18 @@ class Nearest:
         return (self.distance < ratio * self.second).double()
 
 
-def nearest(x: Tensor, y: Tensor, same: bool = False) -> Nearest:
-    """Nearest members of y (m, d) of each x (n, d); ``same``: x is the head of y, and no row is its own neighbour."""
-    if x.shape[1:] != y.shape[1:] or len(y) < 2 + same:
-        raise ValueError(f"given samples {tuple(x.shape)} and a set {tuple(y.shape)}, expected one dimension and at least {2 + same} members")
-    best = [(_others(part, d) if same else d).topk(2, largest=False) for part, d in _distances(x, y)]
-    values, index = torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
+def nearest(x: Tensor, y: Rows, same: bool = False) -> Nearest:
+    """Nearest members of y (m, d), read in slices, of each x (n, d); ``same``: x is the head of y, and no row is its own neighbour."""
+    if x.shape[1:] != y[0:1].shape[1:] or len(y) < 2 + same:
+        raise ValueError(f"given samples {tuple(x.shape)} and a set of {len(y)}, expected one dimension and at least {2 + same} members")
+    values, index = torch.full((len(x), 2), torch.inf, dtype=torch.float64), torch.zeros(len(x), 2, dtype=torch.long)
+    for start in range(0, len(y), MEMBERS):
+        for part, distance in _distances(x, y[start : start + MEMBERS]):
+            own = torch.arange(max(part.start, start), max(min(part.stop, start + distance.shape[1]), max(part.start, start)))
+            if same:
+                distance[own - part.start, own - start] = torch.inf
+            found = distance.topk(min(2, distance.shape[1]), largest=False)
+            best = torch.cat([values[part], found.values], 1).topk(2, largest=False)
+            index[part] = torch.cat([index[part], found.indices + start], 1).gather(1, best.indices)
+            values[part] = best.values
     return Nearest(values[:, 0], values[:, 1], index[:, 0])

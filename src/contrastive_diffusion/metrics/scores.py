@@ -110,8 +110,8 @@ class Replicates:
         return Replicates(self.value - other.value, self.without - other.without)
 
 
-def of_blocks(values: Tensor, sizes: Sequence[int]) -> Replicates:
+def of_blocks(values: Tensor | Sequence[float], sizes: Sequence[int]) -> Replicates:
     """Replicates of a mean, from the mean (G,) over each block and its size."""
-    weight = torch.tensor(sizes, dtype=torch.float64)
-    total, n = float((values.double() * weight).sum()), float(weight.sum())
-    return Replicates(total / n, (total - values.double() * weight) / (n - weight))
+    weight, values = torch.tensor(sizes, dtype=torch.float64), torch.as_tensor(values, dtype=torch.float64)
+    total, n = float((values * weight).sum()), float(weight.sum())
+    return Replicates(total / n, (total - values * weight) / (n - weight))
