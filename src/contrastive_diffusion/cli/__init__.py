@@ -8,7 +8,7 @@ import sys
 from dataclasses import make_dataclass
 from typing import Annotated, Any, Union
 
-from contrastive_diffusion.cli import checkpoints, estimate, experiments, generate, listing, sample, training
+from contrastive_diffusion.cli import checkpoints, compare, estimate, evaluate, experiments, generate, listing, sample, training
 from contrastive_diffusion.cli._command import Command
 from contrastive_diffusion.errors import RunError, UsageError, choose, require
 
@@ -95,6 +95,8 @@ COMMANDS: dict[str, Command] = {
     "sample": sample.COMMAND,
     "generate": generate.COMMAND,
     "estimate": estimate.COMMAND,
+    "evaluate": evaluate.COMMAND,
+    "compare": compare.COMMAND,
     "report": experiments.REPORT,
     "list": listing.COMMAND,
 }

@@ -134,19 +134,25 @@ def prdc(task: Task) -> list[Measure]:
 
 
 def nearest(task: Task) -> list[Measure]:
-    """Mean distance to the nearest sample of the reference, in units of the reference's own, and the share of copies."""
+    """Mean distance to the nearest sample of the reference, in units of the reference's own, and the share of near-copies, to be read against chance."""
     x, members = task.pairs[0], task.to.features
     assert members is not None
-    found = metrics.nearest(x, members)
-    own = float(metrics.nearest(members[0 : min(2000, len(members))], members, same=True).distance.mean())
-    require(own > 0, f"reference {task.to.name} of equal samples", "samples that differ")
+    found, own = metrics.nearest(x, members), metrics.nearest(members[0 : min(2000, len(members))], members, same=True)
+    unit, chance = float(own.distance.mean()), float(own.copies().mean())
+    require(unit > 0, f"reference {task.to.name} of equal samples", "samples that differ")
     blocks = metrics.bounds(len(x), task.blocks)
-    means = [metrics.of_blocks([float(v[b:e].mean()) for b, e in blocks], [e - b for b, e in blocks]) for v in (found.distance / own, found.copies())]
-    notes = ("1: as far as the reference's samples are from each other", "nearest member less than a third as far as the next one")
-    labels = ("nearest reference sample", "copies of reference samples")
-    better = ("neither", "lower")
-    rows = zip(("nearest", "copies"), labels, means, better, notes, strict=True)
-    return [task.measure(key, label, one, way, len(x), len(members), note=note) for key, label, one, way, note in rows]
+    far, near = (
+        metrics.of_blocks([float(v[b:e].mean()) for b, e in blocks], [e - b for b, e in blocks]) for v in (found.distance / unit, found.copies())
+    )
+    notes = (
+        "1: as far as the reference's samples are from each other",
+        f"less than a third as far as the next one; {chance:.3g} among the reference's own",
+    )
+    # neither is better by itself: a bad model copies nothing
+    return [
+        task.measure("nearest", "distance to the nearest reference sample", far, "neither", len(x), len(members), note=notes[0]),
+        task.measure("copies", "near-copies of reference samples", near, "neither", len(x), len(members), note=notes[1]),
+    ]
 
 
 METRICS: dict[str, Callable[[Task], list[Measure]]] = {

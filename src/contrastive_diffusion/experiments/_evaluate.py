@@ -1,5 +1,6 @@
 """What ``cdl evaluate`` and ``cdl compare`` do: sets are opened (or generated), measured in a run folder, and shown on a page."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -41,7 +42,13 @@ def evaluate(options: Any) -> Path:
     require(not copies, f"{copies + 1} sets with the same samples", "sets of different seeds", "generate them with another --seed")
     run = _run(options, "evaluate", Path(options.generated[0]).name)
     scored, to, left = _scored(options, run, sets)
-    blocks = [_words(options, scored, to, left), _table(scored), _details(scored[0]), *([_spread(scored)] if len(scored) > 1 else []), _origins(scored)]
+    blocks = [
+        _words(options, scored, to, left),
+        _table(scored),
+        _details(scored[0]),
+        *([_spread(scored)] if len(scored) > 1 else []),
+        _origins(scored),
+    ]
     shown, arrays = _pictures(scored, to)
     title = f"{scored[0].samples.name} against {to.name}" + (f", {len(scored)} sets" if len(scored) > 1 else "")
     record = {"sets": [_record(one) for one in scored], "reference": to.described(), "extractor": _extractor_id(options), "left out": left}
@@ -84,8 +91,6 @@ def opened(name: str, n: int | None) -> Samples:
 
 
 def _digest(hashes: Sequence[str]) -> str:
-    import hashlib
-
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
@@ -159,7 +164,14 @@ def _bar(total: int) -> "Iterator[Callable[[int], Callable[[int], None]]]":
     from tqdm import tqdm
 
     with tqdm(total=total, desc="features", unit="sample", leave=False) as bar:
-        yield lambda before: lambda done: bar.update(max(before + done - bar.n, 0)) and None
+
+        def watch(before: int) -> Callable[[int], None]:
+            def seen(done: int) -> None:
+                bar.update(max(before + done - bar.n, 0))
+
+            return seen
+
+        yield watch
 
 
 def _extractor_id(options: Any) -> str:
@@ -187,7 +199,11 @@ def _words(options: Any, scored: Sequence[Scored], to: references.Reference, lef
     first = scored[0]
     sets = f"{len(scored)} sets of {first.samples.n:,} samples" if len(scored) > 1 else f"{first.samples.n:,} samples of `{first.samples.name}`"
     biased = [m for m in first.measures if m.unbiased]
-    words = [f"The {m.label} of {m.n:,} samples is {m.value:.4g}, of which {m.value - m.unbiased.mean:.2g} is due to their number." for m in biased if m.unbiased]
+    words = [
+        f"The {m.label} of {m.n:,} samples is {m.value:.4g}, of which {m.value - m.unbiased.mean:.2g} is due to their number."
+        for m in biased
+        if m.unbiased
+    ]
     return page.text(f"{sets}. {' '.join(words)}", _about(options, to), *_left(left))
 
 
@@ -197,7 +213,9 @@ def _table(scored: Sequence[Scored]) -> page.Block:
     rows: list[list[Any]] = [[one.samples.name, *(Score(m.value, m.replicates.stderr) for m in one.measures)] for one in scored]
     if len(scored) > 1 and scored[0].samples.name != "A":
         rows.append(["mean of the sets", *(metrics.average([m.value for m in row]) for row in zip(*(one.measures for one in scored), strict=True))])
-    return page.table("Measures", columns, rows, "± is one standard error: of a set over its samples, of the mean over the sets. Never the best of them.")
+    return page.table(
+        "Measures", columns, rows, "± is one standard error: of a set over its samples, of the mean over the sets. Never the best of them."
+    )
 
 
 def _details(one: Scored) -> page.Block:
@@ -223,7 +241,9 @@ def _spread(scored: Sequence[Scored]) -> page.Block:
 def _differences(found: Sequence[Difference]) -> page.Block:
     words = {"A": "A is better", "B": "B is better", "none": "no difference shown"}
     rows = [[d.label, d.mean, _shown(d.low, d.high), words[d.verdict]] for d in found]
-    return page.table("A less B", ["measure", "difference", "95 % interval", "verdict"], rows, "Where a measure has a part that falls as 1/n, without it.")
+    return page.table(
+        "A less B", ["measure", "difference", "95 % interval", "verdict"], rows, "Where a measure has a part that falls as 1/n, without it."
+    )
 
 
 def _shown(low: float, high: float) -> str:
@@ -255,7 +275,9 @@ def _pictures(scored: Sequence[Scored], to: references.Reference) -> tuple[list[
     return [], {"none": torch.zeros(1)}
 
 
-_PAIRS = "Above: the sixteen samples of each set that are nearest to the reference, in features. Below: the samples of the reference they are nearest to."
+_PAIRS = (
+    "Above: the sixteen samples of each set that are nearest to the reference, in features. Below: the samples of the reference they are nearest to."
+)
 
 
 def _nearest(scored: Sequence[Scored], to: references.Reference, real: Samples, arrays: dict[str, Tensor]) -> list[tuple[str, str]]:
