@@ -116,8 +116,8 @@ class Work:
         return kept | found | {"steps": len(self.levels) - 1, "grid": r.grid or natural_grid(named_solver(r.solver))}
 
 
-def generate(request: Request) -> Generated | None:
-    """Does what is left of ``request`` and returns the finished set; None in all processes but the first."""
+def generate(request: Request, position: int = 0, label: str = "generate") -> Generated | None:
+    """Does what is left of ``request`` and returns the finished set; None in all processes but the first. ``position``, ``label``: of the bar."""
     processes = join(request.device, WAIT)
     work = _prepare(request, processes)
     _begin(work, processes)
@@ -125,8 +125,8 @@ def generate(request: Request) -> Generated | None:
     processes.wait()  # until all have looked
     mine = missing[processes.rank :: processes.world]
     batches = sum(-(-len(work.ids(number)) // request.batch) for number in mine)
-    label = "generate" if processes.world == 1 else f"generate, process 1 of {processes.world}"
-    with stepping(label, len(work.levels) - 1, batches, hidden=not processes.first) as watch:
+    label += f", process 1 of {processes.world}" if processes.world > 1 else ""
+    with stepping(label, len(work.levels) - 1, batches, position, hidden=not processes.first or not mine) as watch:
         for number in mine:
             _make(work, number, processes, watch)
     processes.wait()

@@ -29,9 +29,10 @@ def tune_process(threads: int = 1) -> None:
 
 
 @contextmanager
-def stepping(label: str, steps: int, batches: int, hidden: bool = False) -> Iterator[Watch]:
+def stepping(label: str, steps: int, batches: int, position: int = 0, hidden: bool = False) -> Iterator[Watch]:
     """A progress bar over ``batches`` of a sampler, each ``steps`` long, as what the sampler calls after each round."""
-    with tqdm(total=steps * batches, desc=label, unit="step", leave=False, disable=hidden, mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
+    every = 0.1 if sys.stderr.isatty() else 10
+    with tqdm(total=steps * batches, desc=label, position=position, unit="step", leave=False, disable=hidden, mininterval=every) as bar:
         seen = 0
 
         def watch(found: Round) -> None:
