@@ -57,7 +57,7 @@ def blocks(
     config: Shown, parts: dict[str, dict[str, dict[str, Tensor]]], numbers: dict[str, dict[str, Any]], arrays: dict[str, Tensor]
 ) -> list[page.Block]:
     """The page; curves go to ``arrays``."""
-    about = f"{config.points} images of each kind, {config.evals} evaluations a ratio; bands: one standard error over images."
+    about = f"{config.points} images of each kind, {config.evals} evaluations a ratio; bands: one standard error over images. Lines: held-out images; dashed: generated ones."
     columns = [
         "network", "bits per dimension, trained on", "held-out", "memorisation gap", "accuracy, held-out, %", "accuracy, generated, %",
         "cross-entropy, held-out, nats", "cross-entropy, generated, nats",
@@ -76,7 +76,7 @@ def blocks(
             ("calibration", "expected calibration error", {}),
         )
     ]
-    caption = f"{about} The nll is an upper bound on the data's grid of grey levels. Accuracy and cross-entropy: clean images against the same noised, mean over zeta."
+    caption = f"{config.points} images of each kind, {config.evals} evaluations a ratio, ± standard error over images. The nll is an upper bound on the data's grid of grey levels. Accuracy and cross-entropy: clean images against the same noised, mean over zeta."
     panels = []
     for name, found in parts.items():
         for kind in ("held-out", "generated"):
@@ -127,7 +127,8 @@ def _histograms(config: Shown, parts: dict[str, dict[str, dict[str, Tensor]]], a
     index = min(range(len(config.zetas)), key=lambda k: abs(config.zetas[k] - 6.0))
     values = [found[kind][which][:, index] for found in parts.values() for kind in ("held-out", "generated") for which in ("clean", "noised")]
     low, high = torch.cat(values).quantile(torch.tensor([0.01, 0.99], dtype=torch.float64)).tolist()
-    edges = torch.linspace(low, max(high, low + 1e-3), 41, dtype=torch.float64)
+    bins = max(8, min(40, len(values[0]) // 10))
+    edges = torch.linspace(low, max(high, low + 1e-3), bins + 1, dtype=torch.float64)
     arrays["ratio"] = (edges[1:] + edges[:-1]) / 2
     shown = []
     for name, found in parts.items():
@@ -138,7 +139,7 @@ def _histograms(config: Shown, parts: dict[str, dict[str, dict[str, Tensor]]], a
                 arrays[f"histogram.{name}.{kind}.{which}"] = counts / counts.sum() / (edges[1] - edges[0])
                 label = which if style == "line" else f"generated, {which}"
                 series.append(page.series(label, "ratio", f"histogram.{name}.{kind}.{which}", None, style))
-        caption = "Above 0 the network takes an image for a noised one. Lines: held-out images; the outermost bins hold what lies beyond."
+        caption = "Above 0 the network takes an image for a noised one. Lines: held-out images; dashed: generated ones; the outermost bins hold what lies beyond."
         title = f"Ratios at zeta {config.zetas[index]:g}: {name}"
         shown.append(page.lines(title, "log p_zeta(x) - log p(x), nats", "density, per nat", series, caption))
     return shown
