@@ -62,6 +62,7 @@ def test_moments_in_one_pass_are_those_of_the_whole_set_in_any_chunks(generator,
             return x[part]
 
     monkeypatch.setattr(metrics.gaussians, "CHUNK", 7 * 64)
+    monkeypatch.setattr(metrics.gaussians, "STRIPE", 3)
     found = metrics.moments(Once(), centre=x[0])
     torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-15, atol=0)
     torch.testing.assert_close(found.cov, torch.cov(x.T), rtol=1e-9, atol=1e-12)

@@ -92,12 +92,9 @@ def _allow(chain: list[str], path: Path) -> None:
 
 
 def _operators(module: Any) -> set[str]:
-    """The operators in the graphs of a loaded module and of all it calls."""
-    found: set[str] = set()
-    for part in module.modules():
-        for method in part._c._get_methods():
-            found |= {node.kind() for node in _nodes(method.graph)}
-    return {name for name in found if "::" in name}
+    """The operators in the graphs of a loaded module's methods."""
+    graphs = [part._c._get_method(name).graph for part in module.modules() for name in part._c._method_names()]
+    return {kind for graph in graphs for kind in (node.kind() for node in _nodes(graph)) if "::" in kind}
 
 
 def _nodes(block: Any) -> Iterator[Any]:

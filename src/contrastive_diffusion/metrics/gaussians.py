@@ -12,11 +12,15 @@ from torch import Tensor
 
 from contrastive_diffusion.metrics.scores import Replicates, Rows
 
-CHUNK = 2**22  # numbers held in float64 at a time
+CHUNK = 2**20  # numbers held in float64 at a time
+STRIPE = 256  # rows of a covariance that are added to at a time
 
 
 class Moments:
-    """Count, mean and covariance of rows (n, d), added in any chunks; float64 about ``centre`` (d,), which makes large means harmless."""
+    """Count, mean and covariance of rows (n, d), added in any chunks; float64 about ``centre`` (d,), which makes large means harmless.
+
+    ``scatter`` holds the upper triangle in stripes; ``cov`` is whole.
+    """
 
     def __init__(self, centre: Tensor):
         self.n, self.centre = 0, centre.double()
@@ -25,10 +29,11 @@ class Moments:
 
     def add(self, x: Tensor) -> "Moments":
         """Adds rows (n, d), in place."""
-        x = x.double() - self.centre
+        x = x - self.centre  # float64, in one allocation
         self.n += len(x)
         self.total += x.sum(0)
-        self.scatter.addmm_(x.T, x)
+        for start in range(0, x.shape[1], STRIPE):  # the upper triangle in stripes, half the work of the whole
+            self.scatter[start : start + STRIPE, start:].addmm_(x[:, start : start + STRIPE].T, x[:, start:])
         return self
 
     def minus(self, part: "Moments") -> "Moments":
@@ -46,7 +51,10 @@ class Moments:
         """With n - 1."""
         if self.n < 2:
             raise ValueError(f"given {self.n} samples, expected at least 2 for a covariance")
-        return torch.addr(self.scatter, self.total, self.total, alpha=-1 / self.n).div_(self.n - 1)
+        cov = torch.addr(self.scatter, self.total, self.total, alpha=-1 / self.n).div_(self.n - 1)
+        for start in range(0, len(cov), STRIPE):
+            cov[start + STRIPE :, start : start + STRIPE] = cov[start : start + STRIPE, start + STRIPE :].T
+        return cov
 
 
 def moments(x: Rows, centre: Tensor | None = None) -> Moments:
@@ -71,7 +79,9 @@ class Frechet:
         cov = cov.double()
         trace, factor = float(cov.trace()), _factor(cov)
         del cov
-        root = torch.linalg.svdvals(factor.T @ self.factor).sum()
+        product = factor.T @ self.factor
+        del factor  # a quarter of what is held
+        root = torch.linalg.svdvals(product).sum()
         return float((mean.double() - self.mean).square().sum()) + trace + self.trace - 2 * float(root)
 
 
