@@ -88,13 +88,13 @@ def _fed(metric: Any, x: Drawn, y: Drawn) -> Any:
 
 
 def theirs_frechet(x: Drawn, y: Drawn) -> float:
-    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.fid import FrechetInceptionDistance  # pyright: ignore[reportMissingImports]
 
     return float(_fed(FrechetInceptionDistance(Through(x.d)), x, y))
 
 
 def theirs_kid(x: Drawn, y: Drawn) -> tuple[float, float]:
-    from torchmetrics.image.kid import KernelInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(0)
     mean, deviation = _fed(KernelInceptionDistance(Through(x.d), subsets=100, subset_size=SUBSET), x, y)
@@ -130,7 +130,8 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(*options.one, options.n, options.d)))
+        metric, library = options.one
+        print(json.dumps(measure(metric, library, options.n, options.d)))
         return
     rows, ratios = [], {}
     for metric, libraries in WORK.items():
@@ -157,7 +158,7 @@ def main() -> None:
             f"{metric:<9}{'ratio':<14}{ratios[metric]['time']:>9.2f}  {ratios[metric]['memory']:>10.2f}     targets {TARGETS['time']}, {TARGETS['memory']}"
         )
     if options.out:
-        import torchmetrics
+        import torchmetrics  # pyright: ignore[reportMissingImports]
 
         about = {"command": f"python benchmarks/evaluate.py {' '.join(sys.argv[1:])}", "torchmetrics": torchmetrics.__version__, "threads": 1}
         result = {"environment": environment() | about, "n": options.n, "d": options.d, "rows": rows, "ratios": ratios, "targets": TARGETS}

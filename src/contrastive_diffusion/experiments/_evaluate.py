@@ -264,7 +264,7 @@ def _pictures(scored: Sequence[Scored], to: references.Reference) -> tuple[list[
     panels = [(name, f"set{i}.samples") for i, (name, _) in enumerate(named)]
     if len(shape) == 3 and shape[1] <= 256:
         arrays = {key: _floats(s.read(0, min(SHOWN, s.n))) for (_, key), (_, s) in zip(panels, named, strict=True)}
-        blocks = [page.images("Samples", panels, "The first of each set, not chosen.", rows=6, columns=8, across=2)]
+        blocks = [page.images("Samples", panels, "The first of each set, not chosen.", rows=6, columns=8, across=min(3, len(panels)))]
         if real and to.features is not None:
             blocks.append(page.images("Nearest in the reference", _nearest(scored, to, real, arrays), _PAIRS, rows=2, columns=16, across=1))
         return blocks, arrays
