@@ -1,9 +1,8 @@
 """Noise from counters: a pure function of (seed, sample id, step).
 
-Philox 4x32-10 (Salmon et al. 2011) turns (seed, sample id, step) into four 32-bit words, its row's key. Up to four values are made of
-the words themselves. For more, where ten rounds for every four values would cost more than the rest of a step, two streams are spread from
-the key, word i of each being mix(k' ^ mix(k + i)) with its half (k, k') of the key and a permutation ``mix`` of 32-bit integers. Then Box-Muller:
-one stream gives radii, the other angles.
+Philox 4x32-10 (Salmon et al. 2011) turns (seed, sample id, step) into four words of 32 bits. Up to four values are made of these. For more,
+where ten rounds for every four values would cost more than the rest of a step, two streams are spread from them by an integer hash of the
+index, keyed by two of the words each. Then Box-Muller: one stream gives radii, the other angles.
 """
 
 import math
@@ -70,24 +69,30 @@ def _few(words: Tensor, pairs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 def _many(words: Tensor, pairs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Numbers in (0, 1] and angles, (B, pairs): two streams spread from the words. A magnitude of int32 keeps the digits of small numbers."""
     first, second = (words - 2**31).int().reshape(2, 2, -1, 1)
-    x = first + torch.arange(pairs, dtype=torch.int32, device=words.device)
+    uniform, angle = _spread(first, second, pairs).to(dtype)
+    return uniform.add_(0.5).abs_().mul_(2.0**-31), angle.mul_(math.pi * 2.0**-31)
+
+
+def _spread(first: Tensor, second: Tensor, count: int) -> Tensor:
+    """``count`` words for each two key words (., 1), int32: for one key a permutation of the index, in which every key bit takes part.
+
+    Shifts and factors: Wellons 2018, "triple32", whose last shift (of bits that float32 drops) is left out. The shift must be a logical one.
+    """
+    x = first + torch.arange(count, dtype=torch.int32, device=first.device)
     other = torch.empty_like(x)
-    _mix(x, other).bitwise_xor_(second)
-    uniform, angle = _mix(x, other).to(dtype)
-    return uniform.abs_().add_(0.5).mul_(2.0**-31), angle.mul_(math.pi * 2.0**-31)
+    _round(x, other, 17, 0xED5AD4BB).bitwise_xor_(second)
+    _round(x, other, 11, 0xAC4C1B51)
+    return _round(x, other, 15, 0x31848BAB)
 
 
-def _mix(x: Tensor, other: Tensor) -> Tensor:
-    """A permutation of int32 words, in place, each bit of which depends on all (constants: Wellons 2018, "lowbias32"). ``other``: room for as many."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
-        torch.bitwise_right_shift(x, shift, out=other).bitwise_and_(2 ** (32 - shift) - 1)
-        x.bitwise_xor_(other).mul_(factor)
-    torch.bitwise_right_shift(x, 16, out=other).bitwise_and_(2**16 - 1)
-    return x.bitwise_xor_(other)
+def _round(x: Tensor, other: Tensor, shift: int, factor: int) -> Tensor:
+    """x ^= x >> shift, x *= factor on int32 words, in place; ``other``: room for as many."""
+    torch.bitwise_right_shift(x, shift, out=other).bitwise_and_(2 ** (32 - shift) - 1)
+    return x.bitwise_xor_(other).mul_((factor + 2**31) % 2**32 - 2**31)
 
 
 def _box_muller(out: Tensor, uniform: Tensor, angle: Tensor) -> None:
     """Two normal values of each pair into ``out`` (B, 2, pairs); the arguments are used up."""
-    radius = uniform.log_().mul_(-2).clamp_(min=0).sqrt_()
+    radius = uniform.log_().mul_(-2).sqrt_()
     out[:, 0] = angle.cos().mul_(radius)
     out[:, 1] = angle.sin_().mul_(radius)
