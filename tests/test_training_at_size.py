@@ -1,5 +1,6 @@
 """Training of image networks: one process or two, accumulated, labelled, resumed, killed; all the same steps."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -116,6 +117,35 @@ def test_two_processes_train_as_one(whole, pair):
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-7)
     assert (pair / "samples" / f"step-{STEPS:08d}.png").exists()
+
+
+def _together(config: Train, file: Path) -> None:
+    workers = _start(_write(config, file), 2)
+    outputs = [worker.communicate(timeout=240) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+
+
+def test_a_network_shared_out_over_processes_trains_as_one_and_resumes_to_the_same_bits(whole, tmp_path):
+    """FSDP: the same losses, and whole checkpoints: average and optimizer too; one process could go on with them."""
+    config = _all_options(tmp_path / "run")
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, shard=True))
+    _together(config, tmp_path / "run.yaml")
+    one, two = _lines(whole), _lines(tmp_path / "run")
+    assert len(one) == len(two) == STEPS
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+    assert json.loads((tmp_path / "run" / "validation.jsonl").read_text().splitlines()[0])["step"] == 5
+    plain, shared = _final(whole), _final(tmp_path / "run")
+    assert {k: v.shape for k, v in plain.items()} == {k: v.shape for k, v in shared.items()}
+    assert any(k.startswith("optimizer.") for k in shared)
+    far = [k for k in plain if not torch.allclose(plain[k].float(), shared[k].float(), rtol=0.02, atol=2e-4)]
+    assert not far
+    for file in sorted((tmp_path / "run" / "checkpoints").glob("*"))[1:]:
+        file.unlink()  # as if killed after the first of them
+    _together(config, tmp_path / "run.yaml")
+    again = _final(tmp_path / "run")
+    assert all(shared[k].equal(again[k]) for k in shared)
 
 
 def test_a_lost_process_is_one_line_and_the_run_continues_to_the_same_bits(pair, tmp_path):
