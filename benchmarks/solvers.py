@@ -1,18 +1,19 @@
 """Solvers: what a step costs beside the network, against diffusers' schedulers, and how error falls with evaluations.
 
-"overhead": process time of a whole sampling loop whose denoiser costs nothing, ours over theirs, interleaved, median of the
+"overhead": process time of a whole sampling loop whose denoiser costs nothing, ours over theirs, interleaved, the least of the
 repeats (needs the extra "diffusers", skipped without it). "error": distance of each solver's samples from the exact solution, on Dino
 and a mixture in 64 dimensions with their exact denoisers: for deterministic solvers the root mean square distance to the exact end of
 the same start (a fine run of the third-order solver); for noisy ones, which have no such end, the Frechet distance of the first two moments
 to the closed form.
 
-python benchmarks/solvers.py [--quick] [--out benchmarks/results/solvers.json]
+python benchmarks/solvers.py [--only overhead | error] [--quick] [--out benchmarks/results/solvers.json]
+
+With --only the other half of an existing --out file stays: "error" counts evaluations, "overhead" wants a quiet machine.
 """
 
 import argparse
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,7 @@ def overhead(spec: str, grid: str, make: Callable[[], Any], shape: tuple[int, ..
             start = time.process_time()
             run()
             times[name].append((time.process_time() - start) / steps * 1e6)
-    ours, other = (statistics.median(times[name][1:]) for name in ("ours", "theirs"))
+    ours, other = (min(times[name]) for name in ("ours", "theirs"))
     return {"solver": spec, "shape": "x".join(map(str, shape)), "ours us/step": ours, "theirs us/step": other, "ratio": ours / other}
 
 
@@ -132,47 +133,58 @@ def exact_end(law: GaussianMixture, n: int, levels: Callable[[int], Tensor], ste
     return last
 
 
+def all_overheads(quick: bool) -> list[dict[str, Any]]:
+    """Every pair of solvers and shapes, printed as it comes."""
+    try:
+        known = pairs()
+    except ImportError:
+        print("diffusers is not installed: no overhead measured; pip install 'contrastive-diffusion[diffusers]'")
+        return []
+    rows: list[dict[str, Any]] = []
+    for shape in SHAPES[:2] if quick else SHAPES:
+        for spec, (grid, make) in known.items():
+            rows.append(overhead(spec, grid, make, shape, 50, 5 if quick else 21))
+            _print(rows[-1], len(rows) == 1)
+    return rows
+
+
+def all_errors(quick: bool) -> dict[str, Any]:
+    """Every solver on both laws, printed as curves."""
+    levels: Callable[[int], Tensor] = lambda steps: schedules.grid(schedules.uniform(-9.0, 12.0), steps)  # noqa: E731
+    return {
+        name: _errors_on(name, law, 100 if quick else n, levels, quick) for name, law, n in (("dino", dino(), 500), ("mixture64", mixture64(), 200))
+    }
+
+
+def _errors_on(law_name: str, law: GaussianMixture, n: int, levels: Callable[[int], Tensor], quick: bool) -> dict[str, Any]:
+    truth = exact_end(law, n, levels, 1000 if quick else 3000)
+    reference = law.sample(n, torch.Generator().manual_seed(1), torch.float64)
+    floor = math.sqrt(max(frechet(*moments(law), reference.mean(0), reference.T.cov()), 0.0))
+    known = [name for name in solvers.SOLVERS if name != "adaptive"]
+    print(f"\n{law_name}: flow rms error (deterministic) or moment error (noisy; of true samples {floor:.3g}) at evaluations a sample")
+    rows: list[dict[str, Any]] = []
+    for name in known:
+        own = [errors(law, name, evals, n, truth, levels) for evals in (EVALS[:4] if quick else EVALS)]
+        points = (f"{row['evals']:5.0f}: {(row['moments'] if row['flow rms'] is None else row['flow rms']):<8.3g}" for row in own)
+        print(f"  {name:<15}" + "  ".join(points), flush=True)
+        rows += own
+    return {"moments of true samples": floor, "samples": n, "rows": rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("overhead", "error"))
     parser.add_argument("--quick", action="store_true", help="fewer evaluations, shapes and repeats")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     tune_process()
-    found: dict[str, Any] = {"overhead": [], "error": {}}
-    try:
-        known = pairs()
-    except ImportError:
-        known = {}
-        print("diffusers is not installed: no overhead measured; pip install 'contrastive-diffusion[diffusers]'")
-    for shape in SHAPES[:2] if options.quick else SHAPES:
-        for spec, (grid, make) in known.items():
-            row = overhead(spec, grid, make, shape, 50, 5 if options.quick else 21)
-            found["overhead"].append(row)
-            _print(row, len(found["overhead"]) == 1)
-    levels: Callable[[int], Tensor] = lambda steps: schedules.grid(schedules.uniform(-9.0, 12.0), steps)  # noqa: E731
-    for law_name, law, n in (("dino", dino(), 500), ("mixture64", mixture64(), 200)):
-        n = 100 if options.quick else n
-        truth = exact_end(law, n, levels, 1000 if options.quick else 3000)
-        reference = law.sample(n, torch.Generator().manual_seed(1), torch.float64)
-        floor = math.sqrt(max(frechet(*moments(law), reference.mean(0), reference.T.cov()), 0.0))
-        rows = [
-            errors(law, name, evals, n, truth, levels)
-            for name in solvers.SOLVERS
-            if name != "adaptive"
-            for evals in (EVALS[:4] if options.quick else EVALS)
-        ]
-        found["error"][law_name] = {"moments of true samples": floor, "samples": n, "rows": rows}
-        print(f"\n{law_name}: flow rms error (deterministic) or moment error (noisy; of true samples {floor:.3g}) at evaluations a sample")
-        for name in solvers.SOLVERS:
-            own = [row for row in rows if row["solver"] == name]
-            if own:
-                print(
-                    f"  {name:<15}"
-                    + "  ".join(f"{row['evals']:5.0f}: {(row['moments'] if row['flow rms'] is None else row['flow rms']):<8.3g}" for row in own)
-                )
+    found: dict[str, Any] = json.loads(options.out.read_text()) if options.only and options.out and options.out.exists() else {}
+    for name, measure in {"overhead": all_overheads, "error": all_errors}.items():
+        if options.only in (None, name):
+            found[name] = {"environment": environment(), "found": measure(options.quick)}
     if options.out:
-        about = environment() | {"command": f"python benchmarks/solvers.py{' --quick' * options.quick} --out {options.out}"}
-        write_atomic(options.out, json.dumps({"environment": about} | found, indent=1))
+        command = f"python benchmarks/solvers.py{' --quick' * options.quick} --out {options.out}"
+        write_atomic(options.out, json.dumps(found | {"command": command}, indent=1))
 
 
 def _print(row: dict[str, Any], head: bool) -> None:

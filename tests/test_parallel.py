@@ -133,11 +133,12 @@ LATE = {"plain": {"fallback": False}, "exact": {"tolerance": 0.0, "fallback": Fa
 
 def test_images_and_per_channel_slopes(generator):
     law = GaussianMixture(torch.randn(4, 3, 4, 4, generator=generator), 0.2)
-    exact = Sequential(solvers.ddpm())(law, GRID, (3, 3, 4, 4), seed=0)
+    exact = Sequential(solvers.ddpm())(law, GRID, (7, 3, 4, 4), seed=0)
     for options in ({}, {"per_channel": True}):
-        assert Parallel(solvers.ddpm(), tolerance=0.0, **options)(law, GRID, (3, 3, 4, 4), seed=0).x.equal(exact.x)
-        close = Parallel(solvers.ddpm(), **options)(law, GRID, (3, 3, 4, 4), seed=0)
-        assert (close.x - exact.x).abs().max() < 0.02
+        assert Parallel(solvers.ddpm(), tolerance=0.0, **options)(law, GRID, (7, 3, 4, 4), seed=0).x.equal(exact.x)
+        close = Parallel(solvers.ddpm(), **options)(law, GRID, (7, 3, 4, 4), seed=0)
+        # The median: a sample that hesitates between two modes may end in the other one.
+        assert (close.x - exact.x).abs().flatten(1).amax(1).median() < 0.002
 
 
 def test_after_k_rounds_k_steps_are_exact():

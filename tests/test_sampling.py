@@ -11,7 +11,8 @@ from contrastive_diffusion.data.toys import dino, two_modes
 from contrastive_diffusion.denoisers import Counted, from_timesteps
 from contrastive_diffusion.errors import RunError
 from contrastive_diffusion.parallel import Paradigms, Parallel
-from contrastive_diffusion.sampling import MASK, START, Sequential, in_batches, normal, philox
+from contrastive_diffusion.sampling import START, Sequential, in_batches, normal
+from contrastive_diffusion.sampling.noise import MASK, philox
 
 STEPS = {
     "ddpm-posterior": solvers.ddpm(),
@@ -36,16 +37,49 @@ def test_philox_known_answers():
     assert [int(v) for v in philox(_words(MASK), (MASK, MASK))] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
 
 
-def test_noise_is_standard_normal_and_uncorrelated():
+def test_few_values_are_philox_and_box_muller():
+    """Up to four are those of the words themselves, in either precision."""
+    w = [int(v) for v in philox(tuple(torch.tensor([v]) for v in (0, 6, 3, 1)), (9, 0))]
+    radius, turn = ([-2 * math.log((w[k] + 0.5) / 2**32) for k in (0, 2)], [2 * math.pi * (w[k] + 0.5) / 2**32 for k in (1, 3)])
+    expected = [math.sqrt(r) * f(a) for r, a in zip(radius, turn, strict=True) for f in (math.cos, math.sin)]
+    for size in (1, 2, 3, 4):
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+            assert normal(9, torch.tensor([3 + 2**32]), torch.tensor([5]), (size,), dtype)[0].tolist() == pytest.approx(
+                expected[:size], abs=tolerance
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lag", [(0, 1), (1, 0), (5, 7)])
+def test_many_values_are_independent(lag, dtype):
+    """Pairs of values near one another in the row, or in rows of neighbouring samples: their joint histogram in quantiles is flat."""
+    values = normal(11, torch.arange(300), torch.full((300,), 3), (3, 32, 32), dtype).flatten(1).double()
+    bins = (128 * (1 + torch.erf(values / math.sqrt(2)))).long().clamp(0, 255)
+    first, second = bins[lag[0] :, lag[1] :].flatten(), bins[: len(bins) - lag[0], : bins.shape[1] - lag[1]].flatten()
+    counts = torch.bincount(256 * first + second, minlength=2**16).double()
+    excess = ((counts - counts.mean()).square() / counts.mean()).sum() - (2**16 - 1)
+    assert abs(float(excess)) < 4.5 * math.sqrt(2 * 2**16)
+
+
+def test_the_tails_are_those_of_a_normal_law():
+    n, values = 3072 * 2000, normal(2, torch.arange(2000), torch.zeros(2000, dtype=torch.int64), (3072,)).double()
+    for edge in (3.0, 4.0, 4.5):
+        expected = n * math.erfc(edge / math.sqrt(2))
+        assert abs(int((values.abs() > edge).sum()) - expected) < 4.5 * math.sqrt(expected)
+    assert float(values.abs().max()) < 7
+
+
+@pytest.mark.parametrize("shape", [(5,), (2,), (3,), (2, 32)])
+def test_noise_is_standard_normal_and_uncorrelated(shape):
     n = 100_000
-    values = normal(7, torch.arange(n), torch.full((n,), 3), (5,)).double()
+    values = normal(7, torch.arange(n), torch.full((n,), 3), shape).flatten(1)[:, :5].double()
     se = 1 / math.sqrt(n)
     assert values.mean(0).abs().max() < 4.5 * se
     assert (values.var(0) - 1).abs().max() < 4.5 * se * math.sqrt(2)
     assert (values.pow(4).mean(0) - 3).abs().max() < 4.5 * se * math.sqrt(96)
     assert (values.T.cov() - torch.diag(values.var(0))).abs().max() < 4.5 * se
-    for other in (normal(7, torch.arange(n), torch.full((n,), 4), (5,)), normal(8, torch.arange(n), torch.full((n,), 3), (5,))):
-        assert (values * other.double()).mean(0).abs().max() < 4.5 * se
+    for other in (normal(7, torch.arange(n), torch.full((n,), 4), shape), normal(8, torch.arange(n), torch.full((n,), 3), shape)):
+        assert (values * other.flatten(1)[:, :5].double()).mean(0).abs().max() < 4.5 * se
 
 
 def test_noise_is_a_function_of_seed_sample_and_step_only():
@@ -54,7 +88,6 @@ def test_noise_is_a_function_of_seed_sample_and_step_only():
     order = torch.randperm(10)
     assert normal(1, ids[order], steps[order], (3, 2)).equal(whole[order])
     assert normal(1, ids[3:4], steps[3:4], (3, 2)).equal(whole[3:4])
-    assert normal(1, ids, steps, (2,)).equal(whole.flatten(1)[:, :2])
     assert not normal(2, ids, steps, (3, 2)).equal(whole)
     assert not normal(1, ids + 2**32, steps, (3, 2)).equal(whole)
 

@@ -3,9 +3,12 @@ import math
 import pytest
 import torch
 
-from contrastive_diffusion import schedules
+from contrastive_diffusion import channel, schedules
 
 FAMILY = {
+    "iddpm": schedules.iddpm(),
+    "ve": schedules.ve(),
+    "vp": schedules.vp(first=0.01),  # nearer to 0 the weights drown the integral too
     "ddpm": schedules.ddpm(),
     "cosine": schedules.cosine(),
     "karras": schedules.karras(),
@@ -176,3 +179,13 @@ def test_grids_take_options_and_lists():
 def test_bad_grids_are_one_line(spec, steps, message):
     with pytest.raises(ValueError, match=message):
         schedules.named_grid(spec, steps)
+
+
+def test_the_vp_and_iddpm_laws_are_those_of_their_preconditioning():
+    from contrastive_diffusion.nets.preconditioning import EPS_T, iddpm_sigmas, vp_sigma
+
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    expected = [-2 * math.log(vp_sigma(EPS_T + (1 - EPS_T) * float(v))) for v in t]
+    assert schedules.vp()(t).tolist() == pytest.approx(expected, rel=1e-9)
+    table = channel.logsnr_of_sigma(iddpm_sigmas()[:-1].double()).flip(0)
+    torch.testing.assert_close(schedules.iddpm().logsnrs, table, rtol=0, atol=1e-3)

@@ -1,6 +1,8 @@
 """Training of image networks: one process or two, accumulated, labelled, resumed, killed; all the same steps."""
 
+import dataclasses
 import json
+import math
 import os
 import signal
 import socket
@@ -14,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from contrastive_diffusion import checkpoints
+from contrastive_diffusion import channel, checkpoints, schedules
 from contrastive_diffusion.checkpoints import convert
 from contrastive_diffusion.checkpoints.model import Model
 from contrastive_diffusion.combinators import guided
@@ -22,7 +24,8 @@ from contrastive_diffusion.data.archives import Array
 from contrastive_diffusion.data.images import Images as ImageSet
 from contrastive_diffusion.denoisers import from_edm
 from contrastive_diffusion.errors import RunError, UsageError
-from contrastive_diffusion.objectives import Contrastive, Denoising, Weighted
+from contrastive_diffusion.nets.preconditioning import PRECONDITIONING, Preconditioned
+from contrastive_diffusion.objectives import WEIGHTINGS, Contrastive, Denoising, Weighted
 from contrastive_diffusion.recipes import Images, Loss, Net, Train, Watch, plain, recipe
 from contrastive_diffusion.runs import fit, load_denoiser, load_trained
 from contrastive_diffusion.schedules import uniform
@@ -116,6 +119,35 @@ def test_two_processes_train_as_one(whole, pair):
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-7)
     assert (pair / "samples" / f"step-{STEPS:08d}.png").exists()
+
+
+def _together(config: Train, file: Path) -> None:
+    workers = _start(_write(config, file), 2)
+    outputs = [worker.communicate(timeout=240) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+
+
+def test_a_network_shared_out_over_processes_trains_as_one_and_resumes_to_the_same_bits(whole, tmp_path):
+    """FSDP: the same losses, and whole checkpoints: average and optimizer too; one process could go on with them."""
+    config = _all_options(tmp_path / "run")
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, shard=True))
+    _together(config, tmp_path / "run.yaml")
+    one, two = _lines(whole), _lines(tmp_path / "run")
+    assert len(one) == len(two) == STEPS
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+    assert json.loads((tmp_path / "run" / "validation.jsonl").read_text().splitlines()[0])["step"] == 5
+    plain, shared = _final(whole), _final(tmp_path / "run")
+    assert {k: v.shape for k, v in plain.items()} == {k: v.shape for k, v in shared.items()}
+    assert any(k.startswith("optimizer.") for k in shared)
+    far = [k for k in plain if not torch.allclose(plain[k].float(), shared[k].float(), rtol=0.02, atol=2e-4)]
+    assert not far
+    for file in sorted((tmp_path / "run" / "checkpoints").glob("*"))[1:]:
+        file.unlink()  # as if killed after the first of them
+    _together(config, tmp_path / "run.yaml")
+    again = _final(tmp_path / "run")
+    assert all(shared[k].equal(again[k]) for k in shared)
 
 
 def test_a_lost_process_is_one_line_and_the_run_continues_to_the_same_bits(pair, tmp_path):
@@ -243,6 +275,32 @@ def test_bfloat16_and_channels_last_train_alike():
         losses.append([step.scalars["loss"] for step in train(state, Denoising(uniform(-4, 4)), data, lambda net: from_edm(net))])
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
     assert losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", PRECONDITIONING)
+def test_the_loss_of_each_preconditioning_has_its_law_and_effective_weight_one(kind):
+    """EDM's Table 1: lambda(sigma) c_out(sigma)^2 = 1, so a network that says nothing has unit loss; its levels are those the net is trusted on."""
+    loss = Loss(denoising=kind)
+    net = Preconditioned(nn.Identity(), kind)
+    logsnr, _ = schedules.draw(loss.law(), 64, stream(0, "levels"))
+    sigma = channel.sigma_of_logsnr(logsnr)
+    objective = loss.build(net.sigma_data)
+    assert isinstance(objective, Denoising)
+    weight = WEIGHTINGS[objective.weighting](logsnr, net.sigma_data) / sigma.square()  # on the squared error of x
+    torch.testing.assert_close(weight * PRECONDITIONING[kind](net, sigma).out.square(), torch.ones(64, dtype=torch.float64))
+    if kind != "edm":
+        low, high = schedules.ends(loss.law())
+        assert math.exp(-high / 2) == pytest.approx(net.sigma_min, rel=1e-3)
+        assert math.exp(-low / 2) == pytest.approx(net.sigma_max, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["vp", "ve", "iddpm"])
+def test_every_preconditioning_is_trained_by_a_recipe(kind, tmp_path):
+    config = _config(tmp_path / "run", {}, steps=2)
+    net = dataclasses.replace(config.net, precondition=kind)
+    denoiser = fit(dataclasses.replace(config, net=net, loss=Loss(denoising=kind)))
+    assert _lines(tmp_path / "run")[0]["loss"] == pytest.approx(1.0, abs=0.15)  # an untrained network says nothing
+    assert denoiser(torch.zeros(2, 1, 8, 8), torch.zeros(2)).isfinite().all()
 
 
 def test_what_a_run_shows_on_the_way(whole):

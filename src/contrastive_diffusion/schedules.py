@@ -154,6 +154,19 @@ class Normal:
 
 
 @dataclass(frozen=True)
+class VP:
+    r"""The VP SDE (Song et al. 2021), :math:`\sigma^2=\exp(\frac12\beta_dt^2+\beta_{min}t)-1`, from ``first`` (t = 0 here) to 1."""
+
+    beta_d: float
+    beta_min: float
+    first: float
+
+    def __call__(self, t: Tensor) -> Tensor:
+        t = self.first + t.double() * (1 - self.first)
+        return -torch.expm1(0.5 * self.beta_d * t.square() + self.beta_min * t).log()
+
+
+@dataclass(frozen=True)
 class Plateau:
     r"""Uniform on [low, high] with exponential tails of scale ``tail`` on both sides: a law of the whole line.
 
@@ -203,6 +216,27 @@ def lognormal(mean: float = -1.2, std: float = 1.2, clip: float = 5.0) -> Normal
     return Normal(-2 * mean, 2 * std, clip)
 
 
+def vp(beta_d: float = 19.9, beta_min: float = 0.1, first: float = 1e-5) -> VP:
+    """The training law of Song et al.'s VP SDE: uniform time from ``first`` to 1."""
+    require(beta_d > 0 and beta_min > 0, f"betas {beta_d} and {beta_min}", "both > 0")
+    require(0 < first < 1, f"first = {first}", "0 < first < 1")
+    return VP(beta_d, beta_min, first)
+
+
+def ve(sigma_min: float = 0.02, sigma_max: float = 100.0) -> Uniform:
+    """The training law of Song et al.'s VE SDE: ln sigma, so log-SNR, uniform."""
+    require(0 < sigma_min < sigma_max, f"sigmas {sigma_min} to {sigma_max}", "0 < sigma_min < sigma_max")
+    return uniform(-2 * math.log(sigma_max), -2 * math.log(sigma_min))
+
+
+def iddpm(steps: int = 1000, offset: float = 0.008) -> Table:
+    """Nichol & Dhariwal 2021: cosine cumulative products with betas of at most 0.999, uniform timestep."""
+    require(steps >= 2, f"steps = {steps}", "steps >= 2")
+    bar = torch.cos(0.5 * math.pi * (torch.arange(steps + 1, dtype=torch.float64) / steps + offset) / (1 + offset)).square()
+    log_bar = (bar[1:] / bar[:-1]).clamp(min=0.001).log().cumsum(0)
+    return Table(log_bar - torch.log(-torch.expm1(log_bar)))
+
+
 def _rising(low: float, high: float) -> tuple[float, float]:
     require(math.isfinite(low) and math.isfinite(high) and low < high, f"log-SNR from {low} to {high}", "finite, low < high")
     return low, high
@@ -211,10 +245,13 @@ def _rising(low: float, high: float) -> tuple[float, float]:
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "ddpm": ddpm,
     "cosine": cosine,
+    "iddpm": iddpm,
     "karras": karras,
     "logistic": logistic,
     "lognormal": lognormal,
     "uniform": uniform,
+    "ve": ve,
+    "vp": vp,
 }
 
 

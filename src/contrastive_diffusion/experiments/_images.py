@@ -12,7 +12,7 @@ from tqdm import tqdm
 from contrastive_diffusion import metrics, schedules, solvers
 from contrastive_diffusion.denoisers import noised
 from contrastive_diffusion.experiments import _page as page
-from contrastive_diffusion.experiments._branches import at_equal_evals, fit_branch, made_before, spent
+from contrastive_diffusion.experiments._branches import at_equal_evals, fit_branch, made_before, settled, spent
 from contrastive_diffusion.likelihood import llr, mse_curve, nll
 from contrastive_diffusion.metrics import Score, average
 from contrastive_diffusion.parallel import Parallel
@@ -67,9 +67,9 @@ def recipes_of(config: Study, data: str, name: str, net: Net, denoising: Denoisi
     losses = {"plain": plain, "contrastive": dataclasses.replace(config.loss, denoising=denoising)}
     start = f"{config.out}/{name}-base"
     common: dict[str, Any] = {"data": data, "net": net, "images": config.images, "device": config.device, "checkpoint_every": 200}
-    recipes = {"base": Train(out=start, loss=plain, training=config.base, **common)}
+    recipes = {"base": Train(out=start, loss=plain, training=settled(config.base), **common)}
     for branch in BRANCHES:
-        training = at_equal_evals(config.branch, losses["contrastive"], losses[branch])
+        training = settled(at_equal_evals(config.branch, losses["contrastive"], losses[branch]))
         recipes[branch] = Train(out=f"{config.out}/{name}-{branch}", init=start, loss=losses[branch], training=training, **common)
     return recipes
 

@@ -12,7 +12,7 @@ from contrastive_diffusion.errors import UsageError, require
 from contrastive_diffusion.nets import NETS
 from contrastive_diffusion.nets.spec import AUGMENT, ImageNet
 from contrastive_diffusion.objectives import Contrastive, Denoising, Likelihood, Objective, Weighted
-from contrastive_diffusion.schedules import Schedule, ddpm, ends, logistic, lognormal, uniform
+from contrastive_diffusion.schedules import Schedule, ddpm, ends, iddpm, logistic, lognormal, uniform, ve, vp
 from contrastive_diffusion.training import Training
 
 STRICT = ConfigDict(extra="forbid")
@@ -85,8 +85,9 @@ def _one_line(build) -> nn.Module:
 class Loss:
     """The training objective: a denoising loss, plus the contrastive one with ``contrastive`` as its weight."""
 
-    denoising: Literal["ddpm", "uniform", "edm", "likelihood"] = "ddpm"
-    """ddpm: eps error, uniform timestep; uniform: eps error, uniform log-SNR over the same range; edm: EDM's law and weight; likelihood: nll (ITD)."""
+    denoising: Literal["ddpm", "uniform", "edm", "vp", "ve", "iddpm", "likelihood"] = "ddpm"
+    """ddpm: eps error, uniform timestep; uniform: eps error, uniform log-SNR over the same range; edm: EDM's law and weight; vp, ve, iddpm: eps error
+    at the levels of these processes, for networks preconditioned so; likelihood: nll (ITD)."""
     contrastive: float = Field(default=0.0, ge=0)
     """Weight of the contrastive loss; 0 leaves it out."""
     zeta: tuple[float, float] = (-4.0, 10.0)
@@ -100,7 +101,9 @@ class Loss:
 
     def law(self) -> Schedule:
         """The law of noise levels of the denoising part."""
-        laws = {"ddpm": ddpm, "uniform": lambda: uniform(*ends(ddpm())), "edm": lognormal, "likelihood": logistic}
+        laws = {
+            "ddpm": ddpm, "uniform": lambda: uniform(*ends(ddpm())), "edm": lognormal, "vp": vp, "ve": ve, "iddpm": iddpm, "likelihood": logistic,
+        }  # fmt: skip
         return laws[self.denoising]()
 
     def build(self, sigma_data: float = 1.0) -> Objective:

@@ -31,7 +31,7 @@ def fit(config: Train, *, position: int = 0, label: str = "train", out: str | No
     begun = start(config)
     run = _open(processes, config, begun, out or config.out)
     net = begun.net.to(processes.device)
-    state = State(net, config.training)
+    state = State(net, config.training, processes)
     latest = run.latest()
     if latest:
         state.restore(latest[0])
@@ -50,7 +50,7 @@ def fit(config: Train, *, position: int = 0, label: str = "train", out: str | No
                 bar.update()
                 if processes.first:
                     _record(config, step, log, logger, bar)
-                    _save(config, run, state, begun, log)
+                _save(config, run, state, begun, processes, log)
                 _look(config, run, state, begun, processes, logger)
     except OSError as error:
         raise RunError(f"given run folder {run.path}, expected to write there: {error.strerror}; free space or choose another --out") from error
@@ -91,13 +91,17 @@ def _record(config: Train, step: Step, log: Any, logger: Logger, bar: tqdm) -> N
         logger.scalars(step.number, step.scalars)
 
 
-def _save(config: Train, run: Run, state: State, begun: Start, log: Any, keep: int = 2) -> None:
+def _save(config: Train, run: Run, state: State, begun: Start, processes: Processes, log: Any, keep: int = 2) -> None:
     """A checkpoint, where one is due."""
     if state.step % config.checkpoint_every and state.step != config.training.steps:
         return
+    with processes.watched():
+        tensors = state.tensors() if processes.first or state.sharded else {}
+    if not processes.first:
+        return
     log.flush()
     meta = {"recipe": plain(config), "step": state.step, "package": __version__, **described(begun, config)}
-    checkpoints.save(run.path / "checkpoints" / f"step-{state.step:08d}.safetensors", state.tensors(), meta)
+    checkpoints.save(run.path / "checkpoints" / f"step-{state.step:08d}.safetensors", tensors, meta)
     for old in run.checkpoints()[:-keep]:
         old.unlink()
 
@@ -106,10 +110,10 @@ def _look(config: Train, run: Run, state: State, begun: Start, processes: Proces
     """Validation and a grid of samples, where they are due; the other processes wait."""
     if not config.watch.every or begun.spec is None or (state.step % config.watch.every and state.step != config.training.steps):
         return
+    averaged = state.averaged
     if processes.first:
         mode = state.net.training
-        state.averaged.eval()
-        scalars = look(config, begun, state.averaged, run.path, state.step)
+        scalars = look(config, begun, averaged.eval(), run.path, state.step)
         logger.scalars(state.step, scalars)
         state.net.train(mode)
     processes.wait()

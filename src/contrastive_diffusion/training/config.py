@@ -45,6 +45,8 @@ class Training:
     """Compile the network (for GPUs: no gain on a CPU)."""
     channels_last: bool = False
     """Memory layout of image networks (for GPUs)."""
+    shard: bool = False
+    """Share out parameters, average and optimizer over the processes (FSDP), for networks too large for one."""
     workers: int = Field(default=0, ge=0)
     """Processes that read and decode images ahead; 0 reads them in between."""
     seed: int = 0
@@ -52,6 +54,7 @@ class Training:
 
     def __post_init__(self):
         require(self.batch % self.rows == 0, f"a batch of {self.batch} in passes of {self.rows} rows", "micro to divide batch")
+        require(not (self.shard and self.channels_last), "channels_last with shard", "one of the two", "parts of a tensor have no memory format")
 
     @property
     def rows(self) -> int:

@@ -4,6 +4,7 @@ Logging, checkpoints and early stopping belong to whoever drives it. Every draw 
 step, and ``State`` holds all that changes: so a run stopped anywhere and restored from ``State.tensors`` continues with the same bits.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from contrastive_diffusion.objectives import Objective
 from contrastive_diffusion.training.config import Training
 from contrastive_diffusion.training.feed import Batch, Data, Feed, seed_of
 from contrastive_diffusion.training.processes import ALONE, Processes
+from contrastive_diffusion.training.sharding import local, shard, shared_as, synchronize, whole
 
 Wrap = Callable[..., Denoiser]  # (net) or (net, class_labels, augment_labels) -> the denoiser that the objective sees
 
@@ -42,9 +44,14 @@ class Step:
 class State:
     """All that training changes: the network, its average, the optimizer, the number of finished steps."""
 
-    def __init__(self, net: nn.Module, config: Training):
+    def __init__(self, net: nn.Module, config: Training, processes: Processes = ALONE):
         self.net, self.config, self.step = net, config, 0
         self.ema = AveragedModel(net, multi_avg_fn=self._mix, use_buffers=True)
+        self.sharded = config.shard and processes.world > 1
+        if self.sharded:
+            self._empty = copy.deepcopy(net).to("meta")
+            shard(net)
+            shard(self.ema.module)
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
         self.optimizer = kind(net.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
@@ -54,29 +61,34 @@ class State:
 
     @torch.no_grad()
     def _mix(self, averaged: Any, current: Any, _: Any) -> None:
-        torch._foreach_lerp_(averaged, current, 1 - self.config.decay_at(self.step))
+        torch._foreach_lerp_([local(v) for v in averaged], [local(v) for v in current], 1 - self.config.decay_at(self.step))
 
     @property
     def averaged(self) -> nn.Module:
-        """The network with averaged weights, in the shape of ``net``."""
-        return self.ema.module
+        """The network with averaged weights; if shared out, a whole copy, which all processes must ask for."""
+        if not self.sharded:
+            return self.ema.module
+        net = copy.deepcopy(self._empty).to_empty(device=next(self.net.parameters()).device)
+        net.load_state_dict({k: whole(v) for k, v in self.ema.module.state_dict().items()})
+        return net
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything as named tensors: ``net.*``, ``ema.*``, ``optimizer.INDEX.*``, ``step``."""
+        """Everything as named whole tensors: ``net.*``, ``ema.*``, ``optimizer.INDEX.*``, ``step``. If shared out, all processes must ask for them."""
         named = {f"net.{k}": v for k, v in self.net.state_dict().items()} | {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         for index, values in self.optimizer.state_dict()["state"].items():
             named |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
-        return {k: v.detach().clone().contiguous() for k, v in named.items()} | {"step": torch.tensor(self.step)}
+        return {k: whole(v.detach()).clone().contiguous() for k, v in named.items()} | {"step": torch.tensor(self.step)}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of ``tensors``; raises ``UsageError`` if they belong to another network."""
         self.net.load_state_dict(_under("net.", tensors, self.net.state_dict()))
         self.ema.load_state_dict(_under("ema.", tensors, self.ema.state_dict()))
+        parameters = list(self.net.parameters())
         moments: dict[int, dict[str, Tensor]] = {}
         for name in tensors:
             if name.startswith("optimizer."):
                 _, index, key = name.split(".", 2)
-                moments.setdefault(int(index), {})[key] = tensors[name].clone()
+                moments.setdefault(int(index), {})[key] = shared_as(tensors[name].clone(), parameters[int(index)])
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.step = int(tensors["step"])
 
@@ -85,7 +97,7 @@ def _under(prefix: str, tensors: dict[str, Tensor], expected: dict[str, Tensor])
     found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     wrong = sorted(k for k in found.keys() | expected.keys() if k not in found or k not in expected or found[k].shape != expected[k].shape)
     require(not wrong, f"a checkpoint that differs in {len(wrong)} tensors, first {prefix}{wrong[0] if wrong else ''}", "the same network")
-    return found
+    return {k: shared_as(v, expected[k]) for k, v in found.items()}
 
 
 class Autocast:
@@ -141,7 +153,7 @@ def train(state: State, objective: Objective, data: Data | Feed, wrap: Wrap | No
     mine = _share(config, processes)
     feed = data if isinstance(data, Feed) else Feed(data, config)
     loss: nn.Module = Loss(state.net, objective, wrap, config)
-    if processes.world > 1:
+    if processes.world > 1 and not state.sharded:
         loss = DistributedDataParallel(loss, broadcast_buffers=False)
     if config.compile:
         state.net.compile()
@@ -165,7 +177,8 @@ def train(state: State, objective: Objective, data: Data | Feed, wrap: Wrap | No
             with processes.watched(), _memory(config), _dropout(seed_of(config.seed, "dropout", number), parameters[0].device):
                 scalars = _backward(loss, batch, generator, len(mine), last=k == mine[-1])
             total = {name: total.get(name, 0.0) + value / len(mine) for name, value in scalars.items()}
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+        with processes.watched():
+            norm = whole(nn.utils.clip_grad_norm_(parameters, config.clip))
         values = processes.mean(total) | {"lr": lr, "grad_norm": float(norm)}
         _check(values, state.step)
         state.optimizer.step()
@@ -184,6 +197,7 @@ def _share(config: Training, processes: Processes) -> list[int]:
 
 def _backward(loss: nn.Module, batch: Batch, generator: torch.Generator, passes: int, last: bool) -> dict[str, float]:
     """Adds the gradient of one pass; processes exchange theirs in the last."""
+    synchronize(loss, last)
     with loss.no_sync() if isinstance(loss, DistributedDataParallel) and not last else nullcontext():
         scalars = loss(batch, generator)
         (scalars["loss"] / passes).backward()
