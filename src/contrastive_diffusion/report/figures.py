@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 Arrays = dict[str, np.ndarray]
 INK = "#010203"  # becomes currentColor
-COLOURS = ("#2f7ed8", "#e4572e", "#8a8f98", "#7a5195", "#2ca58d")
+COLOURS = ("#2f7ed8", "#e4572e", "#8a8f98", "#7a5195", "#2ca58d", "#c99a1c")
 STYLE = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"], "font.size": 10,
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 10,
@@ -98,7 +98,7 @@ def scatter(block: dict[str, Any], arrays: Arrays) -> Figure:
 
 
 def maps(block: dict[str, Any], arrays: Arrays) -> Figure:
-    """Heat maps in a common logarithmic colour, with contours and paths drawn over them."""
+    """Heat maps in a common logarithmic colour, with contours, paths and points drawn over them."""
     panels = block["panels"]
     figure = Figure(figsize=(8.2, 3.8))
     grid = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
@@ -115,6 +115,9 @@ def maps(block: dict[str, Any], arrays: Arrays) -> Figure:
             paths = arrays[name]
             for index, path in enumerate(paths):
                 axes.plot(x, path, color=COLOURS[(0, 1, 3)[number % 3]], lw=0.7, alpha=0.9, label=label if index == 0 else None, rasterized=True)
+        if panel.get("points"):
+            points = arrays[panel["points"]]
+            axes.scatter(points[:, 0], points[:, 1], s=7, lw=0, color=COLOURS[1])
         axes.set_title(panel["title"])
         axes.set_xlabel(block["xlabel"])
         axes.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
