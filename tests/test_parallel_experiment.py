@@ -17,7 +17,7 @@ def test_the_experiment_runs_and_is_resumed(tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["run", "parallel", "quick", "--out", str(out)]) == 0
     found = json.loads((out / "results.json").read_text())["numbers"]
-    assert set(found["denoisers"]) == {*LAWS, "plain", "contrastive", "digits"}
+    assert set(found["denoisers"]) == {"ring", "plain", "contrastive", "digits"}
     for methods in found["denoisers"].values():
         assert set(methods) == set(METHODS)
         assert methods["secant"]["ddpm rounds to 1e-2"]["mean"] <= methods["paradigms"]["ddpm rounds to 1e-2"]["mean"]
@@ -26,7 +26,7 @@ def test_the_experiment_runs_and_is_resumed(tmp_path, capsys):
     page = (out / "report.html").read_text()
     titles = {block["title"]: block["kind"] for block in json.loads((out / "results.json").read_text())["blocks"] if "title" in block}
     assert page.count("<svg ") == sum(kind != "table" for kind in titles.values())
-    assert {kind for kind in titles.values()} == {"table", "lines", "heat", "maps"}
+    assert set(titles.values()) == {"table", "lines", "heat", "maps"}
     parts = {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
     assert main(["run", "parallel", "quick", "--out", str(out)]) == 0
     assert parts == {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
@@ -39,6 +39,8 @@ def test_given_networks_are_not_trained(tmp_path):
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="NAME=FOLDER"):
         Config(nets=("runs/dino/plain",))
+    with pytest.raises(ValueError, match="did you mean ring"):
+        Config(laws=("rnig",))
     with pytest.raises(ValueError, match="different tolerances"):
         Config(sweep=(0.1, 0.01))
 

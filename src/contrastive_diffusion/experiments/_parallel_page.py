@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from contrastive_diffusion.experiments import _page as page
+from contrastive_diffusion.experiments._look import heat, iterates, progress
 from contrastive_diffusion.metrics import Score, average
 
 BASELINE = "paradigms"
@@ -185,53 +186,20 @@ def _tables(config: Shown, laws: dict[str, Any], equal: dict[str, Any]) -> list[
 
 def _figures(config: Shown, arrays: dict[str, Tensor]) -> list[page.Block]:
     named = list(dict.fromkeys(key.split(".")[0] for key in arrays))
+    nets = [name for name in named if name != "ring"]
     window = config.windows[len(config.windows) // 2] if config.windows else "all"
-
-    def curves(name: str, width: int | str, key: str) -> list[dict[str, Any]]:
-        return [page.series(m, f"{name}.{m}.{width}.round", f"{name}.{m}.{width}.{key}") for m in METHODS if f"{name}.{m}.{width}.{key}" in arrays]
-
-    errors = [
-        page.lines(f"Worst error after each round ({name})", "round", "root mean square error, worst sample", curves(name, "all", "error"),
-                   "First seed, the whole grid.", logy=True)
+    shown = [
+        page.lines(f"Worst error after each round ({name})", "round", "root mean square error, worst sample",
+                   [page.series(m, f"{name}.{m}.all.round", f"{name}.{m}.all.error") for m in METHODS], "First seed, the whole grid.", logy=True)
         for name in named
     ]  # fmt: skip
-    nets = [name for name in named if name in ("plain", "digits")]
-    advance = [
-        page.lines(f"Advance ({name})", "round", "step of the frontier", curves(name, window, "frontier"),
-                   f"How far the exact part of the path reaches: of the batch in ParaDiGMS, the mean over samples in the others. Window {window}, first seed.")
-        for name in nets
-    ]  # fmt: skip
-    rows = [
-        page.lines(f"Rows per round ({name})", "round", "evaluations", curves(name, width, "rows"),
-                   f"What a round costs: states evaluated, all samples. Window {width}, first seed. The area under a curve is the number of evaluations.")
-        for name in nets for width in ("all", window)
-    ]  # fmt: skip
-    heats = [
-        page.heat(f"Error by round and step ({name}, {method}, window {width})", f"{name}.{method}.{width}.heat", f"{name}.{method}.{width}.windows",
-                  "log10 of the error that the slopes predict for the state after each step, one sample; lines: its window.")
-        for name in nets for method, width in (("picard", "all"), ("secant", "all"), ("secant", window))
-    ]  # fmt: skip
-    return [*errors, *_iterates(arrays), *heats, *advance, *rows]
-
-
-def _iterates(arrays: dict[str, Tensor]) -> list[page.Block]:
-    """Fig. 1 in the plane: where the samples stand after some rounds, over the error of the network there."""
-    found = []
-    for name in ("plain", "contrastive"):
-        for method in (BASELINE, "secant"):
-            start = f"{name}.{method}.all.iterates"
-            keys = sorted((key for key in arrays if key.startswith(start)), key=lambda key: int(key[len(start) :]))
-            panels = [
-                {"title": f"round {key[len(start) :]}", "values": f"{name}.map", "contour": f"{name}.inside", "contour_levels": [0.5], "points": key}
-                for key in keys
-            ]
-            if panels:
-                found.append(
-                    page.maps(
-                        f"Iterates over the error of the network ({name}, {method})", f"{name}.axis", f"{name}.axis", panels,
-                        "Squared error of eps-hat of the Dino network against the exact denoiser at one log-SNR, grey; green: the region that holds 99.9 % of the law there; "
-                        "dots: the states of the samples at that level after the round (those outside of the map are not seen). First seed.",
-                        xlabel="x", ylabel="y", colour="squared error",
-                    )
-                )  # fmt: skip
-    return found
+    for name, method in ((name, method) for name in nets for method in (BASELINE, "secant")):
+        shown += iterates(f"{name}, {method}", name, f"{name}.{method}.all", arrays)
+    for name in nets:
+        shown += [
+            heat(f"{name}, {method}, window {width}", f"{name}.{method}.{width}")
+            for method, width in dict.fromkeys((("picard", "all"), ("secant", "all"), ("secant", window)))
+        ]
+        for width in dict.fromkeys(("all", window)):
+            shown += progress(f"{name}, window {width}", [(m, f"{name}.{m}.{width}") for m in METHODS])
+    return shown

@@ -6,7 +6,7 @@ questions: how much does the slope save, at equal error too, does it still save 
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from pydantic.dataclasses import dataclass as schema
 from torch import Tensor
 
 from contrastive_diffusion import schedules, solvers
-from contrastive_diffusion.data.toys import dino
 from contrastive_diffusion.denoisers import Denoiser
-from contrastive_diffusion.errors import require
+from contrastive_diffusion.errors import choose, require
 from contrastive_diffusion.experiments import _page as page
 from contrastive_diffusion.experiments._branches import branch_recipes, fit_branch, made_before, settled, train_branches
 from contrastive_diffusion.experiments._laws import LAWS
+from contrastive_diffusion.experiments._look import Look, dino_map
 from contrastive_diffusion.experiments._parallel_page import BASELINE, METHODS, SWEPT, Table, blocks
-from contrastive_diffusion.parallel import Paradigms, Parallel, Trace
+from contrastive_diffusion.parallel import Paradigms, Parallel
 from contrastive_diffusion.recipes import STRICT, Loss, Net, Train
 from contrastive_diffusion.runs import Run, named_denoiser, work
 from contrastive_diffusion.sampling import Round, Sequential
@@ -31,8 +31,6 @@ from contrastive_diffusion.training import Training
 
 BRANCHES = ("plain", "contrastive")
 PICTURED = ("ring", *BRANCHES, "digits")  # whose first seed is looked at closely
-LEVEL = 4.0  # log-SNR at which the iterates are drawn over the error map
-SHOWN = (2, 4, 8)  # rounds whose iterates are drawn
 CHUNK = 1024  # rows per call: larger ones leave the cache
 
 
@@ -42,6 +40,8 @@ class Config:
 
     out: str = "runs/parallel"
     """The run folder; the same command continues it."""
+    laws: tuple[str, ...] = tuple(LAWS)
+    """Exact denoisers."""
     nets: tuple[str, ...] = ()
     """NAME=FOLDER of trained denoisers, for example plain=runs/dino/plain; plain, contrastive and digits are trained here if they are not named."""
     net: Net = Field(default_factory=Net)
@@ -75,6 +75,8 @@ class Config:
     """Processes, one thread each."""
 
     def __post_init__(self):
+        for law in self.laws:
+            choose(law, LAWS, "law")
         require(all(1 <= w <= self.steps for w in self.windows), f"windows {self.windows}", f"1 to the {self.steps} steps")
         given = (*self.sweep, self.tolerance)
         require(
@@ -102,7 +104,7 @@ def run(config: Config) -> Path:
     """Trains the networks that are missing, samples with every method; returns the run folder."""
     main = Run.open(config.out, config)
     nets = _nets(config)
-    sources = {name: name for name in LAWS} | nets
+    sources = {name: name for name in config.laws} | nets
     work([(_sample, (config, name, source, seed)) for name, source in sources.items() for seed in range(config.seeds)], config.jobs)
     parts = {name: [main.part(_label(name, seed), made_before) for seed in range(config.seeds)] for name in sources}
     table = Table(
@@ -127,7 +129,7 @@ def _nets(config: Config) -> dict[str, str]:
         tasks, given = [(fit_branch, (recipe,))], given | {"digits": recipe.out}
     if len(recipes) > 1:
         train_branches(recipes, config.jobs, tasks)
-    else:
+    elif tasks:
         work(tasks, config.jobs)
     return {name: recipes[name].out for name in BRANCHES if name in recipes} | given
 
@@ -159,83 +161,41 @@ def _sample(config: Config, name: str, source: str, seed: int, position: int) ->
         exact: dict[str, Tensor] = {}
         for case in _cases(config, name != source):
             for method in case.methods:
-                look = Look(case, method, shape) if seed == 0 and name in PICTURED and case.tolerance == config.tolerance else None
-                rows.append(asdict(case) | {"method": method} | _draw(case, method, denoiser, shape, seed, exact, look))
-                rows[-1].pop("methods")
-                tensors |= look.arrays() if look else {}
+                close = seed == 0 and name in PICTURED and case.tolerance == config.tolerance
+                found, drawn = _draw(case, method, denoiser, shape, seed, exact, close)
+                rows.append(
+                    {"solver": case.solver, "steps": case.steps, "window": case.window, "tolerance": case.tolerance, "method": method} | found
+                )
+                tensors |= drawn
         if seed == 0 and name in BRANCHES:
-            tensors |= _map(denoiser)
+            tensors |= dino_map(denoiser)
         return tensors, {"rows": rows}
 
     Run(Path(config.out)).part(_label(name, seed), make)
 
 
 def _draw(
-    case: Case, method: str, denoiser: Denoiser, shape: tuple[int, ...], seed: int, exact: dict[str, Tensor], look: "Look | None"
-) -> dict[str, Any]:
-    """One method's numbers; ``exact`` keeps the sequential samples."""
+    case: Case, method: str, denoiser: Denoiser, shape: tuple[int, ...], seed: int, exact: dict[str, Tensor], close: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """One method's numbers, and what happened round by round if it is looked at closely; ``exact`` keeps the sequential samples."""
     grid, solver = schedules.grid(schedules.ddpm(), case.steps), solvers.ddpm() if case.solver == "ddpm" else solvers.ddim()
     if case.solver not in exact:
         exact[case.solver] = Sequential(solver)(denoiser, grid, shape, seed).x
-    errors: list[float] = []
+    errors, look = [], Look(grid, shape)
 
     def watch(seen: Round) -> None:
         errors.append(float(_apart(seen.states[-1], exact[case.solver]).max()))
-        if look:
-            look.see(seen, errors[-1])
+        look.see(seen)
 
     if method == BASELINE:
         drawn = Paradigms(solver, case.window, case.tolerance, max_rows=CHUNK)(denoiser, grid, shape, seed, watch=watch)
     else:
         sampler = Parallel(solver, method, case.window or "all", case.tolerance, max_rows=CHUNK)
-        drawn = sampler(denoiser, grid, shape, seed, watch=watch, trace=look.trace if look else None)
+        drawn = sampler(denoiser, grid, shape, seed, watch=watch, trace=look.trace if close else None)
     each = _apart(drawn.x, exact[case.solver])
-    return {"rounds": drawn.rounds, "evals": drawn.evals / shape[0] / case.steps, "worst": float(each.max()), "typical": float(each.median()),
-            "to 1e-2": _below(errors)}  # fmt: skip
-
-
-class Look:
-    """What one call did round by round: errors, frontiers, rows, and iterates at ``LEVEL``."""
-
-    def __init__(self, case: Case, method: str, shape: tuple[int, ...]):
-        self.name, self.steps, self.mapped = f"{method}.{case.window or 'all'}", case.steps, method in ("picard", "secant")
-        self.trace = Trace(ids=tuple(range(shape[0])))
-        self.count, self.errors, self.frontier, self.rows, self.iterates = shape[0], [], [], [], {}
-        self.step = int((schedules.grid(schedules.ddpm(), case.steps)[:-1] - LEVEL).abs().argmin())
-        self.wanted = SHOWN if case.window is None and shape[1:] == (2,) else ()
-
-    def see(self, seen: Round, error: float) -> None:
-        self.errors.append(error)
-        self.frontier.append(seen.begin)
-        self.rows.append((seen.end - seen.begin) * self.count)
-        if seen.number in self.wanted and seen.begin <= self.step:
-            self.iterates[f"{self.name}.iterates{seen.number}"] = seen.states[self.step - seen.begin].clone()
-
-    def arrays(self) -> dict[str, Tensor]:
-        rounds, found = torch.arange(1.0, len(self.errors) + 1), dict(self.iterates)
-        frontier, rows = torch.tensor(self.frontier).float(), torch.tensor(self.rows).float()
-        if self.trace.records:
-            frontier, rows = self.trace.frontiers().float(), self.trace.rows().float()
-        if self.mapped:
-            found |= {f"{self.name}.heat": self.trace.heat(0, self.steps), f"{self.name}.windows": self.trace.windows(0).float()}
-        return found | {
-            f"{self.name}.round": rounds,
-            f"{self.name}.error": torch.tensor(self.errors),
-            f"{self.name}.frontier": frontier,
-            f"{self.name}.rows": rows,
-        }
-
-
-def _map(denoiser: Denoiser) -> dict[str, Tensor]:
-    """Squared error of a Dino network over the plane at ``LEVEL``, and the smallest region that holds 99.9 % of the law there."""
-    axis, law = torch.linspace(-4, 4, 161), dino()
-    z = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).flatten(0, 1)
-    level = torch.full((len(z),), LEVEL)
-    with torch.no_grad():
-        error = (denoiser(z, level) - law(z, level)).square().sum(1)
-    ranked, order = law.log_prob(z, level).exp().sort(descending=True)
-    inside = torch.zeros(len(z)).scatter(0, order, (ranked.cumsum(0) <= 0.999 * ranked.sum()).float())
-    return {"axis": axis, "map": error.view(161, 161), "inside": inside.view(161, 161)}
+    name, spent = f"{method}.{case.window or 'all'}", drawn.evals / shape[0] / case.steps
+    numbers = {"rounds": drawn.rounds, "evals": spent, "worst": float(each.max()), "typical": float(each.median()), "to 1e-2": _below(errors)}
+    return numbers, look.arrays(name) | {f"{name}.error": torch.tensor(errors)} if close else {}
 
 
 def _apart(x: Tensor, exact: Tensor) -> Tensor:
