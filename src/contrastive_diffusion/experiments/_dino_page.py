@@ -13,10 +13,10 @@ CONTROL = "uniform"  # trained and sampled in sequence beside them
 ARMS = (*BRANCHES, CONTROL)
 SAMPLERS = {"parallel": "Picard", "secant": "secant"}  # kind of a part -> what it is called
 SHOWN = (
-    ("Picard round 20", "round20"),
-    ("Picard round 25", "round25"),
-    ("Picard converged", "parallel"),
-    ("secant converged", "secant"),
+    ("round 20", "round20"),
+    ("round 25", "round25"),
+    ("Picard", "parallel"),
+    ("secant", "secant"),
     ("sequential", "sequential"),
 )
 KERNEL_SCALE = 2.302943  # 1 / sqrt(2 pi 0.03), a factor in the paper's MMD values
@@ -100,7 +100,7 @@ def blocks(
         page.lines(
             "MMD against rounds (Fig. 4)", "round", "MMD² to the truth",
             _over_rounds("mmd")
-            + [page.series(f"paper's stored run, {name}", f"theirs.{name}.rounds", f"theirs.{name}", None, "dashed") for name in THEIRS],
+            + [page.series(f"paper's stored run, {name}, Picard", f"theirs.{name}.rounds", f"theirs.{name}", None, "dashed") for name in THEIRS],
             "Quality of the sample as it stands after each round. Bands: standard error over sampling seeds. Dashed: stored with the paper's code, rescaled.",
             logy=True, levels={"threshold": config.threshold}, ylim=[1e-5, 0.05],
         ),

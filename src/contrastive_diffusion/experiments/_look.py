@@ -89,7 +89,7 @@ def iterates(label: str, network: str, name: str, arrays: dict[str, Tensor]) -> 
         page.maps(
             f"Iterates over the error of the network ({label})", f"{network}.axis", f"{network}.axis", panels,
             f"Grey: squared error of eps-hat against the exact denoiser at log-SNR {LEVEL:g}; green: the region that holds 99.9 % of the law there; dots: the states "
-            "of samples at that level after the round, as far as they are on the map. First seed.",
-            xlabel="x", ylabel="y", colour="squared error",
+            "of samples at that level after the round, on the edge those off the map; no panel: the round came after their acceptance. First seed.",
+            xlabel="x", ylabel="y", colour="squared error", equal=True,
         )
     ]  # fmt: skip
