@@ -24,13 +24,13 @@ from typing import Any
 import _paradigms as theirs
 import torch
 import torch.distributed as dist
-from _laws import LAWS, blobs64, ring
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contrastive_diffusion import solvers
 from contrastive_diffusion.denoisers import Denoiser
 from contrastive_diffusion.errors import RunError
+from contrastive_diffusion.experiments._laws import LAWS, blobs64, ring
 from contrastive_diffusion.files import write_atomic
 from contrastive_diffusion.parallel import Parallel
 from contrastive_diffusion.runs import environment, tune_process

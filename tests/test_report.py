@@ -34,8 +34,8 @@ def folder(tmp_path) -> Path:
         page.lines("Curves", "x", "y", [page.series("one", "x", "y", "err"), page.series("theirs, one", "x", "x", None, "dashed")], "c", logy=True, levels={"truth": 2.0}),
         page.scatter("Clouds", [("truth", "truth"), ("a", "points"), ("absent", "nowhere")], "c", limits=[-3, 3, -3, 3]),
         page.images("Images", [("grey", "grey"), ("colour", "colour"), ("absent", "nowhere")], "c", rows=2, columns=3, across=2),
-        page.maps("Map", "gx", "gy", [{"title": "m", "values": "field", "contour": "inside", "contour_levels": [0.5], "paths": {"p": "paths"}}],
-                  "c", xlabel="x", ylabel="y", colour="error"),
+        page.maps("Map", "gx", "gy", [{"title": "m", "values": "field", "contour": "inside", "contour_levels": [0.5], "paths": {"p": "paths"}, "points": "truth"}],
+                  "c", xlabel="x", ylabel="y", colour="error", equal=True),
         page.heat("Heat", "field", "window", "c"),
     ]  # fmt: skip
     run = Run.open(tmp_path, Score(1.0, 2.0))

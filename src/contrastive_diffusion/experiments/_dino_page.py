@@ -2,13 +2,23 @@
 
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from contrastive_diffusion.experiments import _page as page
+from contrastive_diffusion.experiments._look import heat, iterates, progress
 from contrastive_diffusion.metrics import Score
 
 BRANCHES = ("plain", "contrastive")
 CONTROL = "uniform"  # trained and sampled in sequence beside them
 ARMS = (*BRANCHES, CONTROL)
-SHOWN = (("Picard round 20", "round20"), ("Picard round 25", "round25"), ("Picard converged", "parallel"), ("sequential", "sequential"))
+SAMPLERS = {"parallel": "Picard", "secant": "secant"}  # kind of a part -> what it is called
+SHOWN = (
+    ("round 20", "round20"),
+    ("round 25", "round25"),
+    ("Picard", "parallel"),
+    ("secant", "secant"),
+    ("sequential", "sequential"),
+)
 KERNEL_SCALE = 2.302943  # 1 / sqrt(2 pi 0.03), a factor in the paper's MMD values
 # MMD after each Picard iteration stored with the paper's code (real Dino, 2,000 samples, one run each), in the paper's scale.
 THEIRS = {
@@ -44,23 +54,33 @@ def _row(label: str, s: dict[str, Any]) -> list[Any]:
 
 
 def blocks(
-    config: Shown, rows: dict[str, Any], errors: dict[str, Any], evals: dict[str, int], scan: dict[str, Any], last_level: float
+    config: Shown,
+    rows: dict[str, Any],
+    errors: dict[str, Any],
+    evals: dict[str, int],
+    scan: dict[str, Any],
+    last_level: float,
+    arrays: dict[str, Tensor],
 ) -> list[page.Block]:
     truth = rows["plain"]["sequential"]["log density of truth"]
-    runs = [(name, sampler) for name in BRANCHES for sampler in ("parallel", "sequential")] + [(CONTROL, "sequential"), ("dino", "sequential")]
-    body = [_row(f"{'exact' if name == 'dino' else name}, {sampler}", rows[name][sampler]) for name, sampler in runs]
+    runs = [(name, sampler) for name in BRANCHES for sampler in (*SAMPLERS, "sequential")] + [(CONTROL, "sequential"), ("dino", "sequential")]
+    body = [_row(f"{'exact' if name == 'dino' else name}, {SAMPLERS.get(sampler, sampler)}", rows[name][sampler]) for name, sampler in runs]
     theirs = [
         ["theirs: DDPM, parallel", "never", 37, None, 14.4, 1.871, 3.4 / KERNEL_SCALE, None, None],
         ["theirs: CDL, parallel", 27, 36, None, 14.0, 1.368, 1.3 / KERNEL_SCALE, None, None],
     ]
     columns = ["", f"rounds to MMD ≤ {config.threshold * 1e3:.2f}e-3", "rounds to convergence", "evals per sample", "inefficiency", "seconds",
                "MMD² × 1000", "exact log-density, nats", "off support, %"]  # fmt: skip
-    reached = ", ".join(f"{rows[name]['parallel']['seeds that reached it']} of {config.seeds} ({name})" for name in BRANCHES)
+    reached = ", ".join(
+        f"{rows[name][sampler]['seeds that reached it']} of {config.seeds} ({name}, {title})"
+        for name in BRANCHES
+        for sampler, title in SAMPLERS.items()
+    )
     table = page.table(
         "Table 1: DDPM sampling of Dino",
         columns,
         body + theirs,
-        f"Mean ± standard error over {config.seeds} sampling seeds, {config.samples} samples in all, {config.steps} steps, Picard over the whole grid, "
+        f"Mean ± standard error over {config.seeds} sampling seeds, {config.samples} samples in all, {config.steps} steps, Picard (ParaDiGMS) and the measured slope over the whole grid, "
         f"tolerance {config.tolerance:g}; seeds that reached the threshold: {reached}; rounds to it are means over those. "
         f"Inefficiency: evaluations over the sequential sampler's. Log-density: exact "
         f"log p at the last noisy level ({last_level:.2f}), of the state there; the truth scores {_pm(truth)}. Off support: share of "
@@ -78,15 +98,15 @@ def blocks(
         ),
         table,
         page.lines(
-            "MMD against Picard rounds (Fig. 4)", "round", "MMD² to the truth",
-            [page.series(name, f"{name}.rounds", f"{name}.mmd", f"{name}.mmd.err") for name in BRANCHES]
-            + [page.series(f"paper's stored run, {name}", f"theirs.{name}.rounds", f"theirs.{name}", None, "dashed") for name in THEIRS],
+            "MMD against rounds (Fig. 4)", "round", "MMD² to the truth",
+            _over_rounds("mmd")
+            + [page.series(f"paper's stored run, {name}, Picard", f"theirs.{name}.rounds", f"theirs.{name}", None, "dashed") for name in THEIRS],
             "Quality of the sample as it stands after each round. Bands: standard error over sampling seeds. Dashed: stored with the paper's code, rescaled.",
             logy=True, levels={"threshold": config.threshold}, ylim=[1e-5, 0.05],
         ),
         page.lines(
-            "Exact log-density against Picard rounds", "round", "mean log p at the last noisy level, nats",
-            [page.series(name, f"{name}.rounds", f"{name}.log_density", f"{name}.log_density.err") for name in BRANCHES],
+            "Exact log-density against rounds", "round", "mean log p at the last noisy level, nats",
+            _over_rounds("log_density"),
             "MMD stops telling good samplers apart; the exact density does not.", levels={"truth": truth.mean}, ylim=[-40, 4],
         ),
         page.scatter(
@@ -103,6 +123,12 @@ def blocks(
             )
             for level in (8.0, 4.0)
         ],
+        *[
+            block for name in BRANCHES for call, title in ((name, "Picard"), (f"{name}.secant", "secant"))
+            for block in iterates(f"{name}, {title}", name, f"{call}.look", arrays)
+        ],
+        heat("plain, secant", "plain.secant.look"),
+        *progress("plain", [("Picard", "plain.look"), ("secant", "plain.secant.look")]),
         page.table(
             "Denoiser error, exact", ["log-SNR; points noisier by", *ARMS, "contrastive / plain"],
             [[key.replace(";", "; "), *[scores[name] for name in ARMS], scores["ratio"]] for key, scores in errors.items()],
@@ -114,6 +140,12 @@ def blocks(
             f"a std of {0.03**0.5:.3f}, which this page follows.", logx=True,
         ),
     ]  # fmt: skip
+
+
+def _over_rounds(key: str) -> list[dict[str, Any]]:
+    """A curve over rounds of each branch and parallel sampler."""
+    calls = [(f"{name}, {title}", name if kind == "parallel" else f"{name}.{kind}") for kind, title in SAMPLERS.items() for name in BRANCHES]
+    return [page.series(label, f"{call}.rounds", f"{call}.{key}", f"{call}.{key}.err") for label, call in calls]
 
 
 def _pm(score: Score, digits: int = 2) -> str:
@@ -128,12 +160,12 @@ def _verdict(rows: dict[str, Any], errors: dict[str, Any], off: list[str], evals
         f"After a common start the branches spent {', '.join(f'{n:,} ({name})' for name, n in evals.items())} denoiser evaluations.",
         f"Contrastive over plain denoiser error: {_pm(inside, 3)} on the training distribution at log-SNR 8; {gain:.2f} on average over points 2 nats or more too noisy.",
     ]
-    for sampler in ("sequential", "parallel"):
+    for sampler in ("sequential", *SAMPLERS):
         a, b = rows["plain"][sampler]["log density"], rows["contrastive"][sampler]["log density"]
         difference = Score(b.mean - a.mean, (a.stderr**2 + b.stderr**2) ** 0.5)
         clear = abs(difference.mean) > 2 * difference.stderr
         word = ("higher" if difference.mean > 0 else "lower") if clear else "no different within two standard errors"
-        parts.append(f"Exact log-density of {sampler} samples: contrastive {_pm(b)}, plain {_pm(a)} ({word}).")
+        parts.append(f"Exact log-density of {SAMPLERS.get(sampler, sampler)} samples: contrastive {_pm(b)}, plain {_pm(a)} ({word}).")
     control, exact = (rows[name]["sequential"]["log density"] for name in (CONTROL, "dino"))
     parts.append(f"The plain loss at levels uniform in log-SNR scores {_pm(control)} at the same evaluations, the exact denoiser {_pm(exact)}.")
     parts.append("One training seed: differences of this size between two trainings of the same branch cannot be excluded here.")

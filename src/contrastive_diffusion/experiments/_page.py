@@ -53,7 +53,8 @@ def scatter(title: str, panels: Sequence[tuple[str, str]], caption: str = "", **
 
 
 def maps(title: str, x: str, y: str, panels: Sequence[dict[str, Any]], caption: str = "", **options: Any) -> Block:
-    """Heat maps on the grid of arrays ``x`` and ``y``. A panel: ``title``, ``values`` (ny, nx), ``contour`` (ny, nx), ``paths`` name -> (k, n)."""
+    """Heat maps on the grid of arrays ``x`` and ``y``. A panel: ``title``, ``values`` (ny, nx), ``contour`` (ny, nx), ``paths`` name -> (k, n),
+    ``points`` (n, 2). Option: ``equal`` scales of x and y."""
     return {"kind": "maps", "title": title, "x": x, "y": y, "panels": list(panels), "caption": caption} | options
 
 

@@ -2,8 +2,8 @@
 
 A denoiser is trained on the exact Dino law and continued in branches at equal denoiser evaluations: with the DDPM loss alone ("plain"),
 with the contrastive loss added ("contrastive"), and, as a control, with the DDPM loss at levels uniform in log-SNR ("uniform"): the
-contrastive loss too puts weight on high log-SNRs, which uniform timesteps hardly visit. All are sampled with DDPM, step by step and with
-Picard iteration over the whole trajectory, with the same noise, and judged against the exact density and denoiser of the law. One
+contrastive loss too puts weight on high log-SNRs, which uniform timesteps hardly visit. All are sampled with DDPM, step by step, with
+Picard iteration over the whole trajectory and with the measured slope, with the same noise, and judged against the exact density and denoiser of the law. One
 training seed; errors are over sampling seeds.
 """
 
@@ -18,15 +18,16 @@ from tqdm import tqdm
 
 from contrastive_diffusion import metrics, schedules, solvers
 from contrastive_diffusion.data.toys import dino
-from contrastive_diffusion.denoisers import noised
+from contrastive_diffusion.denoisers import Counted, noised
 from contrastive_diffusion.experiments import _page as page
 from contrastive_diffusion.experiments._branches import branch_recipes, made_before, spent, train_branches
-from contrastive_diffusion.experiments._dino_page import ARMS, BRANCHES, KERNEL_SCALE, THEIRS
+from contrastive_diffusion.experiments._dino_page import ARMS, BRANCHES, KERNEL_SCALE, SAMPLERS, THEIRS
 from contrastive_diffusion.experiments._dino_page import blocks as show
+from contrastive_diffusion.experiments._look import Look, dino_map
 from contrastive_diffusion.metrics import Score, average
-from contrastive_diffusion.parallel import Paradigms
+from contrastive_diffusion.parallel import Paradigms, Parallel
 from contrastive_diffusion.recipes import STRICT, Loss, Net, Train
-from contrastive_diffusion.runs import Run, named_denoiser, work
+from contrastive_diffusion.runs import Run, Task, named_denoiser, work
 from contrastive_diffusion.sampling import Round, Sequential
 from contrastive_diffusion.training import Training, stream
 
@@ -68,20 +69,23 @@ def run(config: Config) -> Path:
     main = Run.open(config.out, config)
     count = [config.samples // config.seeds + (i < config.samples % config.seeds) for i in range(config.seeds)]
     branches = branch_recipes(config, "dino", ARMS)
+    tasks: list[Task] = []
     train_branches(branches, config.jobs, [(_sequential, (config, "dino", seed, n)) for seed, n in enumerate(count)])
-    jobs = [(_parallel, name) for name in BRANCHES] + [(_sequential, name) for name in ARMS]
-    work([(draw, (config, branches[name].out, seed, n)) for seed, n in enumerate(count) for draw, name in jobs], config.jobs)
+    for seed, n in enumerate(count):
+        tasks += [(_parallel, (config, sampler, branches[name].out, seed, n)) for name in BRANCHES for sampler in SAMPLERS]
+        tasks += [(_sequential, (config, branches[name].out, seed, n)) for name in ARMS]
+    work(tasks, config.jobs)
     arrays: dict[str, Tensor] = {"truth": _reference()[: config.samples]}
     for name, curve in THEIRS.items():
         arrays[f"theirs.{name}"], arrays[f"theirs.{name}.rounds"] = torch.tensor(curve) / KERNEL_SCALE, torch.arange(1, len(curve) + 1)
     rows = {name: {"sequential": _measure_sequential(config, main, name, arrays)} for name in (*ARMS, "dino")}
     for name in BRANCHES:
-        rows[name]["parallel"] = _measure_parallel(config, main, name, count, arrays)
+        rows[name] |= {sampler: _measure_parallel(config, main, sampler, name, count, arrays) for sampler in SAMPLERS}
     errors = _errors(branches, arrays)
     scan = _scan(arrays)
     evals = spent(branches)
     results = {"branches": rows, "denoiser error": errors, "bandwidth scan": scan, "denoiser evaluations": evals}
-    blocks = show(config, rows, errors, evals, scan, float(_grid(config)[-2]))
+    blocks = show(config, rows, errors, evals, scan, float(_grid(config)[-2]), arrays)
     main.write_results({"experiment": "dino", "title": "Dino: plain against contrastive", "numbers": page.numbers(results), "blocks": blocks}, arrays)
     return main.path
 
@@ -117,33 +121,56 @@ def _sequential(config: Config, name: str, seed: int, n: int, position: int) -> 
     Run(Path(config.out)).part(_label("sequential", name, seed), make)
 
 
-def _parallel(config: Config, name: str, seed: int, n: int, position: int) -> None:
-    """Samples of one seed by Picard iteration over the whole grid, with the quality of the current sample after every round."""
+def _parallel(config: Config, kind: str, name: str, seed: int, n: int, position: int) -> None:
+    """Samples of one seed over the whole grid at once, with the quality of the current sample after every round; of the first seed also what happened in it."""
 
     def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        denoiser, shape = named_denoiser(name)
+        denoiser, item = named_denoiser(name)
+        shape, counted = (n, *item), Counted(denoiser)
+        look = Look(_grid(config), shape)
         grid, law, distance = _grid(config), dino(), metrics.MMD(_reference(), config.bandwidth)
         curves: dict[str, list[float]] = {"mmd": [], "log_density": [], "evals": []}
         shown: dict[str, Tensor] = {}
-        with tqdm(total=config.steps, desc=_label("parallel", name, seed), position=position, mininterval=5, leave=False) as bar:
+        with tqdm(total=config.steps, desc=_label(kind, name, seed), position=position, mininterval=5, leave=False) as bar:
 
             def watch(seen: Round) -> None:
                 bar.update(seen.begin - bar.n)
                 curves["mmd"].append(distance(seen.states[-1]).mean)
-                curves["log_density"].append(metrics.log_density(lambda z: law.log_prob(z, grid[-2]), seen.states[-2]).mean)
-                curves["evals"].append(float((seen.end - seen.begin) * n) + (curves["evals"][-1] if curves["evals"] else 0.0))
+                shown["before"] = _before_last(seen, shown.get("before"))
+                curves["log_density"].append(_log_density(law, grid, shown["before"]))
+                curves["evals"].append(float(counted.rows))
+                look.see(seen)
                 if seen.number in (20, 25):
                     shown[f"round{seen.number}"] = seen.states[-1].clone()
-                shown["before"] = seen.states[-2]
 
-            sampler = Paradigms(solvers.ddpm(), None, config.tolerance)
-            drawn = sampler(denoiser, grid, (n, *shape), seed, watch=watch)
+            if kind == "parallel":
+                drawn = Paradigms(solvers.ddpm(), None, config.tolerance)(counted, grid, shape, seed, path=True, watch=watch)
+            else:
+                sampler = Parallel(solvers.ddpm(), window="all", tolerance=config.tolerance)
+                drawn = sampler(counted, grid, shape, seed, path=True, watch=watch, trace=look.trace if seed == 0 else None)
+        assert drawn.path is not None
+        shown["before"] = drawn.path[-2]
+        curves["log_density"][-1] = _log_density(law, grid, drawn.path[-2])
         tensors = {"x": drawn.x, **{k: v.contiguous() for k, v in shown.items()}} | {
             k: torch.tensor(v, dtype=torch.float64) for k, v in curves.items()
         }
+        tensors |= look.arrays("look") | dino_map(denoiser) if seed == 0 else {}
         return tensors, {"evals": drawn.evals, "rounds": drawn.rounds, "seconds": drawn.seconds}
 
-    Run(Path(config.out)).part(_label("parallel", name, seed), make)
+    Run(Path(config.out)).part(_label(kind, name, seed), make)
+
+
+def _before_last(seen: Round, known: Tensor | None) -> Tensor:
+    """The states before the last step; of samples that are done, whose window is their last state alone, those ``known`` of the round before."""
+    if len(seen.states) == 1:
+        assert known is not None
+        return known
+    done = (seen.states[-2] == seen.states[-1]).all(1, keepdim=True)
+    return seen.states[-2].clone() if known is None else torch.where(done, known, seen.states[-2])
+
+
+def _log_density(law: Any, grid: Tensor, before: Tensor) -> float:
+    return metrics.log_density(lambda z: law.log_prob(z, grid[-2]), before).mean
 
 
 def _scores(config: Config, parts: list[tuple[dict[str, Tensor], dict[str, Any]]]) -> dict[str, Any]:
@@ -175,23 +202,24 @@ def _measure_sequential(config: Config, main: Run, name: str, arrays: dict[str, 
     return _scores(config, parts)
 
 
-def _measure_parallel(config: Config, main: Run, branch: str, count: list[int], arrays: dict[str, Tensor]) -> dict[str, Any]:
-    """Table 1's columns, and the curves over rounds."""
-    parallel = _parts(config, main, "parallel", branch)
-    arrays[f"{branch}.parallel"] = torch.cat([tensors["x"] for tensors, _ in parallel])
+def _measure_parallel(config: Config, main: Run, kind: str, branch: str, count: list[int], arrays: dict[str, Tensor]) -> dict[str, Any]:
+    """Table 1's columns, the curves over rounds, and what happened in them."""
+    parallel, name = _parts(config, main, kind, branch), branch if kind == "parallel" else f"{branch}.{kind}"
+    arrays[f"{branch}.{kind}"] = torch.cat([tensors["x"] for tensors, _ in parallel])
+    arrays |= {f"{name}.{key}": value for key, value in parallel[0][0].items() if key.startswith("look.") or key in ("axis", "map", "inside")}
     for key in ("round20", "round25"):
         found = [tensors[key] for tensors, _ in parallel if key in tensors]
         if len(found) == len(parallel):
-            arrays[f"{branch}.{key}"] = torch.cat(found)
+            arrays[f"{name}.{key}"] = torch.cat(found)
     for key in ("mmd", "log_density", "evals"):
         longest = max(len(tensors[key]) for tensors, _ in parallel)
         # A seed that has converged stays where it is.
         curves = torch.stack([torch.cat([tensors[key], tensors[key][-1:].expand(longest - len(tensors[key]))]) for tensors, _ in parallel])
-        arrays[f"{branch}.{key}"], arrays[f"{branch}.{key}.err"] = curves.mean(0), curves.std(0) / len(parallel) ** 0.5
-        arrays[f"{branch}.rounds"] = torch.arange(1, longest + 1)
+        arrays[f"{name}.{key}"], arrays[f"{name}.{key}.err"] = curves.mean(0), curves.std(0) / len(parallel) ** 0.5
+        arrays[f"{name}.rounds"] = torch.arange(1, longest + 1)
     reached = [_first(tensors["mmd"], config.threshold) for tensors, _ in parallel]
     cost = [float(tensors["evals"][r - 1]) / n for (tensors, _), r, n in zip(parallel, reached, count, strict=True) if r]
-    apart = (arrays[f"{branch}.parallel"] - arrays[f"{branch}.sequential"]).square().sum(1).sqrt()
+    apart = (arrays[f"{branch}.{kind}"] - arrays[f"{branch}.sequential"]).square().sum(1).sqrt()
     return _scores(config, parallel) | {
         "rounds to threshold": average([float(r) for r in reached if r]) if any(reached) else None,
         "seeds that reached it": sum(r is not None for r in reached),

@@ -6,14 +6,14 @@ states that are finished in every sample, and one more; new states start as copi
 written as in ``parallel``, so that tolerance 0 ends in the sequential bits, and deterministic solvers use the same variances.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from contrastive_diffusion.denoisers import Denoiser
-from contrastive_diffusion.errors import UsageError, require
+from contrastive_diffusion.errors import require
+from contrastive_diffusion.parallel.checks import check, check_window
 from contrastive_diffusion.parallel.scan import block_of, scan, slots_for
 from contrastive_diffusion.sampling import Round, Samples, Watch, check_finite, prepare
 from contrastive_diffusion.solvers import Solver, StepMap, ddpm
@@ -30,9 +30,7 @@ class Paradigms:
 
     def __post_init__(self):
         require(self.window is None or self.window >= 1, f"window = {self.window}", "window >= 1, or None for the whole grid")
-        require(self.tolerance >= 0 and math.isfinite(self.tolerance), f"tolerance = {self.tolerance}", "a finite tolerance >= 0")
-        if self.solver.alone:
-            raise UsageError(f"given {self.solver.name} to Paradigms, expected a solver whose steps are known beforehand: {self.solver.alone}")
+        check(self, self.solver, self.tolerance)
 
     @torch.no_grad()
     def __call__(
@@ -53,7 +51,7 @@ class Paradigms:
         require(task.step.memory == 0, f"{self.solver.name}, which remembers outputs", "a one-step solver", "use Parallel")
         steps = len(task.step)
         size = self.window or steps
-        require(size <= steps, f"window = {size}", f"at most the {steps} steps of the grid", "window=None is the whole grid")
+        check_window(size, steps, "None")
         bound = self.tolerance**2 * _leaving(grid.to(device))
         states = task.start.expand(size + 1, *shape).clone()
         noises, begin, rounds, accepted = task.noise(0, size), 0, 0, [task.start]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from contrastive_diffusion.denoisers import Denoiser
 from contrastive_diffusion.errors import require
+from contrastive_diffusion.parallel.checks import check
 from contrastive_diffusion.sampling import Samples, Watch, check_finite, prepare
 from contrastive_diffusion.solvers import Solver, StepMap
 
@@ -26,9 +27,9 @@ class Parareal:
     max_rows: int = 4096
 
     def __post_init__(self):
+        check(self, self.solver, self.tolerance)
         require(not self.solver.noisy, f"{self.solver.name}, which draws noise", "a deterministic solver", "use Parallel")
         require(self.blocks is None or self.blocks >= 1, f"blocks = {self.blocks}", "at least 1")
-        require(self.tolerance >= 0 and math.isfinite(self.tolerance), f"tolerance = {self.tolerance}", "a finite tolerance >= 0")
 
     @torch.no_grad()
     def __call__(

@@ -1,6 +1,5 @@
 """``Parallel``: the sampler."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,7 +7,8 @@ import torch
 from torch import Tensor
 
 from contrastive_diffusion.denoisers import Denoiser
-from contrastive_diffusion.errors import UsageError, choose, require
+from contrastive_diffusion.errors import choose, require
+from contrastive_diffusion.parallel.checks import check
 from contrastive_diffusion.parallel.slopes import SLOPES
 from contrastive_diffusion.parallel.task import Task
 from contrastive_diffusion.parallel.trace import Trace
@@ -79,14 +79,10 @@ class Parallel:
         choose(self.slope, SLOPES, "slope")
         named = self.window in (None, "all", "auto")
         require(named or (isinstance(self.window, int) and self.window >= 1), f"window = {self.window!r}", "window >= 1, 'all', 'auto' or None")
-        require(self.tolerance >= 0 and math.isfinite(self.tolerance), f"tolerance = {self.tolerance}", "a finite tolerance >= 0")
         require(0 <= self.anderson <= 8, f"anderson = {self.anderson}", "0 to 8 earlier rounds")
         require(self.lanes is None or self.lanes >= 1, f"lanes = {self.lanes}", "lanes >= 1, or None for all samples")
         require(self.max_rows >= 1, f"max_rows = {self.max_rows}", "at least 1")
-        if self.solver.alone:
-            raise UsageError(
-                f"given {self.solver.name} to Parallel, expected a solver whose steps are known beforehand: {self.solver.alone}; use Sequential"
-            )
+        check(self, self.solver, self.tolerance)
 
     @torch.no_grad()
     def __call__(

@@ -12,6 +12,7 @@ from contrastive_diffusion.denoisers import Denoiser
 from contrastive_diffusion.errors import RunError, choose, require
 from contrastive_diffusion.parallel import cost
 from contrastive_diffusion.parallel.anderson import Anderson
+from contrastive_diffusion.parallel.checks import check_window
 from contrastive_diffusion.parallel.control import EXACT_PATIENCE, PATIENCE, Lagged, Lanes
 from contrastive_diffusion.parallel.noise import Noise
 from contrastive_diffusion.parallel.processes import Evaluator, agreed, same_task
@@ -55,7 +56,8 @@ class Task:
         self.step = StepMap(options.solver, self.evaluator, grid, device)
         self.tables, self.slope, self.clock, self.notes, self.rounds = tables(self.step), SLOPES[options.slope], Clock(), [], 0
         steps = len(self.step)
-        self._check_window(steps)
+        if isinstance(options.window, int):
+            check_window(options.window, steps, "'all'")
         same_task(options.group, {"solver": options.solver.name, "grid": grid.tolist(), "shape": tuple(shape), "seed": seed, "first": first, "dtype": dtype,
                                   "options": (options.slope, options.window, options.tolerance, options.per_channel, options.anderson, options.lanes, options.precision)})  # fmt: skip
         lanes = min(options.lanes or count, count)
@@ -81,11 +83,6 @@ class Task:
         self._asked: list[tuple[np.ndarray, np.ndarray]] = []
         self._load(np.arange(lanes))
         self._enter(self.window)
-
-    def _check_window(self, steps: int) -> None:
-        window = self.options.window
-        if isinstance(window, int):
-            require(window <= steps, f"window = {window}", f"at most the {steps} steps of the grid", "window='all' is the whole grid")
 
     def _window(self, lanes: int, steps: int) -> tuple[int, float | None]:
         window = self.options.window

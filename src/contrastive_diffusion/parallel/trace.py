@@ -54,3 +54,20 @@ class Trace:
     def windows(self, sample: int) -> Tensor:
         """Frontier and end of the window in each round, (rounds, 2)."""
         return torch.tensor([[r["base"], r["base"] + len(r["error"])] for r in self.of(sample)])
+
+    def rows(self) -> Tensor:
+        """Steps evaluated in each round, of all recorded samples, (rounds,)."""
+        total = torch.zeros(self._rounds(), dtype=torch.int64)
+        for r in self.records:
+            total[r["round"] - 1] += len(r["error"])
+        return total
+
+    def frontiers(self) -> Tensor:
+        """The frontier after each round, the mean over the recorded samples, (rounds,)."""
+        reached = torch.zeros(len(self.ids), self._rounds())
+        for r in self.records:
+            reached[self.ids.index(r["sample"]), r["round"] - 1 :] = r["after"]
+        return reached.mean(0)
+
+    def _rounds(self) -> int:
+        return max((r["round"] for r in self.records), default=0)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 Arrays = dict[str, np.ndarray]
 INK = "#010203"  # becomes currentColor
-COLOURS = ("#2f7ed8", "#e4572e", "#8a8f98", "#7a5195", "#2ca58d")
+COLOURS = ("#2f7ed8", "#e4572e", "#8a8f98", "#7a5195", "#2ca58d", "#c99a1c")
 STYLE = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"], "font.size": 10,
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 10,
@@ -98,7 +98,7 @@ def scatter(block: dict[str, Any], arrays: Arrays) -> Figure:
 
 
 def maps(block: dict[str, Any], arrays: Arrays) -> Figure:
-    """Heat maps in a common logarithmic colour, with contours and paths drawn over them."""
+    """Heat maps in a common logarithmic colour, with contours, paths and points drawn over them; points off the map are on its edge."""
     panels = block["panels"]
     figure = Figure(figsize=(8.2, 3.8))
     grid = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
@@ -115,10 +115,15 @@ def maps(block: dict[str, Any], arrays: Arrays) -> Figure:
             paths = arrays[name]
             for index, path in enumerate(paths):
                 axes.plot(x, path, color=COLOURS[(0, 1, 3)[number % 3]], lw=0.7, alpha=0.9, label=label if index == 0 else None, rasterized=True)
+        if panel.get("points"):
+            points = np.clip(arrays[panel["points"]], (x[0], y[0]), (x[-1], y[-1]))
+            axes.scatter(points[:, 0], points[:, 1], s=9, lw=0, color=COLOURS[1], clip_on=False, zorder=3)
         axes.set_title(panel["title"])
         axes.set_xlabel(block["xlabel"])
         axes.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
         axes.grid(False)
+        if block.get("equal"):
+            axes.set_aspect("equal")
     grid[0].set_ylabel(block["ylabel"])
     if panels[0].get("paths"):
         grid[0].legend(fontsize=8, loc="lower left", labelcolor="#111111", facecolor="white", frameon=True, framealpha=0.8)
