@@ -10,11 +10,12 @@ from contrastive_diffusion.files import write_atomic
 from contrastive_diffusion.runs import environment, tune_process
 
 
-def options(about: str | None, quick: str = "fewer cases and repeats") -> argparse.ArgumentParser:
-    """The parser of ``--quick`` and ``--out``, in a process of one thread."""
+def options(about: str | None, quick: str | None = "fewer cases and repeats") -> argparse.ArgumentParser:
+    """The parser of ``--quick`` (unless it is None) and ``--out``, in a process of one thread."""
     tune_process()
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=quick)
+    if quick:
+        parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser
 

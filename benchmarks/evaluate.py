@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _common import options, write
 from torch import Tensor
 
 from contrastive_diffusion import metrics
-from contrastive_diffusion.files import write_atomic
-from contrastive_diffusion.runs import environment
 
 BLOCK = 1024  # rows that are drawn, and given to torchmetrics, at a time
 SUBSET = 1000  # rows of a kernel matrix
@@ -122,25 +121,24 @@ def measure(metric: str, library: str, n: int, d: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, quick=None)
     parser.add_argument("--n", type=int, default=50_000)
     parser.add_argument("--d", type=int, default=2_048)
     parser.add_argument("--repeats", type=int, default=1, help="the least time and memory of so many processes")
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        metric, library = options.one
-        print(json.dumps(measure(metric, library, options.n, options.d)))
+    chosen = parser.parse_args()
+    if chosen.one:
+        metric, library = chosen.one
+        print(json.dumps(measure(metric, library, chosen.n, chosen.d)))
         return
     rows, ratios = [], {}
     for metric, libraries in WORK.items():
         best = {}
         for library in libraries:
-            command = [sys.executable, __file__, "--n", str(options.n), "--d", str(options.d), "--one", metric, library]
+            command = [sys.executable, __file__, "--n", str(chosen.n), "--d", str(chosen.d), "--one", metric, library]
             runs = [
                 json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | RETURNED).stdout)
-                for _ in range(options.repeats)
+                for _ in range(chosen.repeats)
             ]
             best[library] = runs[0] | {key: min(run[key] for run in runs) for key in ("seconds", "cpu seconds", "peak MB")}
             rows.append(best[library])
@@ -157,12 +155,10 @@ def main() -> None:
         print(
             f"{metric:<9}{'ratio':<14}{ratios[metric]['time']:>9.2f}  {ratios[metric]['memory']:>10.2f}     targets {TARGETS['time']}, {TARGETS['memory']}"
         )
-    if options.out:
-        import torchmetrics  # pyright: ignore[reportMissingImports]
+    if chosen.out:
+        import torchmetrics
 
-        about = {"command": f"python benchmarks/evaluate.py {' '.join(sys.argv[1:])}", "torchmetrics": torchmetrics.__version__, "threads": 1}
-        result = {"environment": environment() | about, "n": options.n, "d": options.d, "rows": rows, "ratios": ratios, "targets": TARGETS}
-        write_atomic(options.out, json.dumps(result, indent=1))
+        write(chosen.out, {"n": chosen.n, "d": chosen.d, "rows": rows, "ratios": ratios, "targets": TARGETS}, torchmetrics=torchmetrics.__version__)
 
 
 if __name__ == "__main__":

@@ -6,24 +6,19 @@ scaled so that its v prediction is small, which makes the denoiser near that of 
 python benchmarks/latency.py [--toy] [--batch 1 4 16] [--dtype bf16 fp32] [--graphs] [--out benchmarks/results/latency.json]
 """
 
-import argparse
-import json
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from _common import options, write
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from contrastive_diffusion import solvers
 from contrastive_diffusion.channel import noise, per_row, signal
 from contrastive_diffusion.denoisers import Denoiser
-from contrastive_diffusion.files import write_atomic
 from contrastive_diffusion.parallel import Parallel
-from contrastive_diffusion.runs import environment
 from contrastive_diffusion.sampling import Sequential
 from contrastive_diffusion.schedules import ddpm, grid
 
@@ -168,31 +163,30 @@ def measure(sampler: Callable[..., Any], denoiser: Denoiser, levels: Tensor, sha
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, quick=None)
     parser.add_argument("--toy", action="store_true", help="a small network and short grids (always on a CPU)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], choices=DTYPES)
     parser.add_argument("--window", type=int, default=0, help="0: 64 at batch 1, 32 at 4, 16 at 16")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--graphs", action="store_true", help="capture the network as CUDA graphs, in the sequential sampler too")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    chosen = parser.parse_args()
     cuda = torch.cuda.is_available()
-    toy, device = options.toy or not cuda, "cuda" if cuda else "cpu"
+    toy, device = chosen.toy or not cuda, "cuda" if cuda else "cpu"
     torch.manual_seed(0)
     net = (UNet(16, (1, 2), 1) if toy else UNet(128, (2, 3, 3), 3)).to(device).eval().requires_grad_(False)
     size, rows = (8 if toy else 32), []
     count = sum(p.numel() for p in net.parameters()) / 1e6
     print(f"{count:.1f} million parameters on {torch.cuda.get_device_name() if cuda else 'a CPU'}")
     print(f"{'':<34}{'seconds':>9}{'speed-up':>9}{'rounds':>8}{'evals':>8}{'rows/round':>11}{'busy':>6}{'error':>9}")
-    for dtype in options.dtype:
+    for dtype in chosen.dtype:
         casted = net.to(DTYPES[dtype])
-        denoiser: Denoiser = Graphed(casted) if options.graphs and cuda else casted
+        denoiser: Denoiser = Graphed(casted) if chosen.graphs and cuda else casted
         for kind, steps in (("ddpm", 100), ("ddim", 50)) if toy else (("ddpm", 1000), ("ddim", 100)):
             solver = solvers.ddpm() if kind == "ddpm" else solvers.ddim()
-            for batch in options.batch[:1] if toy else options.batch:
-                window = min(options.window or {1: 64, 4: 32}.get(batch, 16), steps)
-                base = {"window": window, "precision": DTYPES[dtype], "static_rows": options.graphs}
+            for batch in chosen.batch[:1] if toy else chosen.batch:
+                window = min(chosen.window or {1: 64, 4: 32}.get(batch, 16), steps)
+                base = {"window": window, "precision": DTYPES[dtype], "static_rows": chosen.graphs}
                 samplers = {
                     "sequential": lambda d, *a, s=solver, t=dtype, **k: Sequential(s)(_cast(d, DTYPES[t]), *a, **k),
                     "picard": Parallel(solver, "picard", **base),
@@ -200,7 +194,7 @@ def main() -> None:
                 }
                 first = None
                 for name, sampler in samplers.items():
-                    found = measure(sampler, denoiser, grid(ddpm(), steps), (batch, 3, size, size), device, options.repeats if cuda else 1)
+                    found = measure(sampler, denoiser, grid(ddpm(), steps), (batch, 3, size, size), device, chosen.repeats if cuda else 1)
                     x = found.pop("x")
                     first = (found["seconds"], x) if first is None else first
                     found |= {"speed-up": first[0] / found["seconds"], "error": float((x - first[1]).square().flatten(1).mean(1).sqrt().max())}
@@ -208,9 +202,7 @@ def main() -> None:
                     label = f"{dtype} {kind}-{steps} batch {batch} {name}"
                     print(f"{label:<34}{found['seconds']:>9.3f}{found['speed-up']:>9.2f}{found['rounds']:>8}{found['evals']:>8.0f}{found['rows per round']:>11.1f}"
                           f"{found['busy']:>6.2f}{found['error']:>9.2g}", flush=True)  # fmt: skip
-    if options.out:
-        environment_ = environment() | {"command": f"python benchmarks/latency.py {' '.join(sys.argv[1:])}", "parameters": count * 1e6, "toy": toy}
-        write_atomic(options.out, json.dumps({"environment": environment_, "rows": rows}, indent=1))
+    write(chosen.out, {"rows": rows}, parameters=count * 1e6, toy=toy)
 
 
 def _cast(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:

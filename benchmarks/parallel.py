@@ -6,16 +6,13 @@ the worst sample. Laws with exact denoisers; trained networks are in `cdl run pa
 python benchmarks/parallel.py [--quick] [--out benchmarks/results/parallel.json]
 """
 
-import argparse
 import contextlib
 import gc
-import json
 import math
 import multiprocessing
 import os
 import socket
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import Any
 import _paradigms as theirs
 import torch
 import torch.distributed as dist
+from _common import options, write
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,9 +29,7 @@ from contrastive_diffusion import solvers
 from contrastive_diffusion.denoisers import Denoiser
 from contrastive_diffusion.errors import RunError
 from contrastive_diffusion.experiments._laws import LAWS, blobs64, ring
-from contrastive_diffusion.files import write_atomic
 from contrastive_diffusion.parallel import Parallel
-from contrastive_diffusion.runs import environment, tune_process
 from contrastive_diffusion.sampling import START, Sequential, normal
 from contrastive_diffusion.schedules import ddpm, grid
 from contrastive_diffusion.solvers import SOLVERS
@@ -441,27 +437,22 @@ SECTIONS = {"T1 T2": t1_t2, "T3 T4": t3_t4, "T5": t5, "T6": t6, "T7": t7, "T8": 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, fewer cases")
+    parser = options(__doc__, "one seed, fewer cases")
     parser.add_argument("--only", default="", help="sections whose name contains this, e.g. T7")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    tune_process()
+    chosen = parser.parse_args()
     rows: list[Row] = []
     print(f"{'':<5}{'':<76}{'ours':>10}{'diffusers':>11}{'ratio':>8}  target")
     for name, section in SECTIONS.items():
-        if options.only not in name:
+        if chosen.only not in name:
             continue
-        for r in section(options.quick):
+        for r in section(chosen.quick):
             rows.append(r)
             numbers = [("" if v is None else f"{v:.4g}") for v in (r["ours"], r["diffusers"], r["ratio"])]
             print(
                 f"{r['target']:<5}{r['case']:<76}{numbers[0]:>10}{numbers[1]:>11}{numbers[2]:>8}  {r['limit']} {'met' if r['met'] else 'MISSED'}",
                 flush=True,
             )
-    if options.out:
-        command = f"python benchmarks/parallel.py {' '.join(sys.argv[1:])}"
-        write_atomic(options.out, json.dumps({"environment": environment() | {"command": command}, "rows": rows}, indent=1))
+    write(chosen.out, {"rows": rows})
 
 
 if __name__ == "__main__":

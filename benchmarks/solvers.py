@@ -11,23 +11,21 @@ python benchmarks/solvers.py [--only overhead | error] [--quick] [--out benchmar
 With --only the other half of an existing --out file stays: "error" counts evaluations, "overhead" wants a quiet machine.
 """
 
-import argparse
 import json
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from _common import options, show, write
 from torch import Tensor
 
 from contrastive_diffusion import schedules, solvers
 from contrastive_diffusion.data.mixtures import GaussianMixture
 from contrastive_diffusion.data.toys import dino
-from contrastive_diffusion.files import write_atomic
 from contrastive_diffusion.metrics import frechet
-from contrastive_diffusion.runs import environment, tune_process
+from contrastive_diffusion.runs import environment
 from contrastive_diffusion.sampling import START, Sequential, normal, walk
 from contrastive_diffusion.solvers import StepMap
 
@@ -144,7 +142,7 @@ def all_overheads(quick: bool) -> list[dict[str, Any]]:
     for shape in SHAPES[:2] if quick else SHAPES:
         for spec, (grid, make) in known.items():
             rows.append(overhead(spec, grid, make, shape, 50, 5 if quick else 21))
-            _print(rows[-1], len(rows) == 1)
+            show(rows)
     return rows
 
 
@@ -172,25 +170,14 @@ def _errors_on(law_name: str, law: GaussianMixture, n: int, levels: Callable[[in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "fewer evaluations, shapes and repeats")
     parser.add_argument("--only", choices=("overhead", "error"))
-    parser.add_argument("--quick", action="store_true", help="fewer evaluations, shapes and repeats")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    tune_process()
-    found: dict[str, Any] = json.loads(options.out.read_text()) if options.only and options.out and options.out.exists() else {}
+    chosen = parser.parse_args()
+    found: dict[str, Any] = json.loads(chosen.out.read_text()) if chosen.only and chosen.out and chosen.out.exists() else {}
     for name, measure in {"overhead": all_overheads, "error": all_errors}.items():
-        if options.only in (None, name):
-            found[name] = {"environment": environment(), "found": measure(options.quick)}
-    if options.out:
-        command = f"python benchmarks/solvers.py{' --quick' * options.quick} --out {options.out}"
-        write_atomic(options.out, json.dumps(found | {"command": command}, indent=1))
-
-
-def _print(row: dict[str, Any], head: bool) -> None:
-    if head:
-        print("  ".join(f"{key:>16}" for key in row))
-    print("  ".join(f"{v:>16.3g}" if isinstance(v, float) else f"{v:>16}" for v in row.values()), flush=True)
+        if chosen.only in (None, name):
+            found[name] = {"environment": environment(), "found": measure(chosen.quick)}
+    write(chosen.out, found)
 
 
 if __name__ == "__main__":

@@ -7,27 +7,22 @@ times where the device is one. The contrastive step adds two evaluations for eac
 Data: digits and photo patches from memory, and patches as PNGs in a zip archive, decoded on the way.
 """
 
-import argparse
-import json
-import platform
 import resource
 import statistics
-import sys
 import tempfile
 import time
 import zipfile
 from collections.abc import Callable
-from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from _common import options, write
 from PIL import Image
 
 from contrastive_diffusion.data.images import open_images, patches
 from contrastive_diffusion.recipes import Loss, Net
-from contrastive_diffusion.runs import tune_process
 from contrastive_diffusion.training import Feed, State, Training, train
 
 CASES: dict[str, dict[str, Any]] = {
@@ -63,29 +58,15 @@ LARGE = {
 
 
 def main() -> None:
-    options = _options()
-    tune_process(1)
-    cases = (CASES | (LARGE if options.device == "cuda" else {})) if not options.quick else dict(list(CASES.items())[:1])
-    rounds = 2 if options.quick else options.rounds
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [_case(name, case, rounds, options.device, Path(folder)) for name, case in cases.items()]
-    _show(rows)
-    if options.out:
-        about = {
-            "machine": f"{platform.system()} {platform.machine()}", "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
-            "threads": torch.get_num_threads(), "torch": torch.__version__, "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "command": "python benchmarks/train_images.py " + " ".join(a for a in sys.argv[1:] if "/" not in a),
-        }  # fmt: skip
-        Path(options.out).write_text(json.dumps(about | {"rows": rows}, indent=1))
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one case, two rounds")
+    parser = options(__doc__, "one case, two rounds")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds of one step each")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--out", help="JSON file to write")
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    cases = (CASES | (LARGE if chosen.device == "cuda" else {})) if not chosen.quick else dict(list(CASES.items())[:1])
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [_case(name, case, 2 if chosen.quick else chosen.rounds, chosen.device, Path(folder)) for name, case in cases.items()]
+    _show(rows)
+    write(chosen.out, {"rows": rows})
 
 
 def _case(name: str, case: dict[str, Any], rounds: int, device: str, folder: Path) -> dict[str, Any]:
