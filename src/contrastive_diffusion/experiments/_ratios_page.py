@@ -72,7 +72,7 @@ def blocks(
         _curves(key, label, config, numbers, arrays, about, **options)
         for key, label, options in (
             ("accuracy", "share told right", {"levels": {"chance": 0.5}}),
-            ("cross-entropy", "nats", {"logy": True}),
+            ("cross-entropy", "nats", {"logy": True, "ylim": [1e-4, 1.5 * _largest(numbers)]}),
             ("calibration", "expected calibration error", {}),
         )
     ]
@@ -88,12 +88,19 @@ def blocks(
     ]  # fmt: skip
 
 
+def _largest(numbers: dict[str, dict[str, Any]]) -> float:
+    """The largest cross-entropy that is shown."""
+    return max(
+        level["cross-entropy"].mean for found in numbers.values() for kind in ("held-out", "generated") for level in found[kind]["by zeta"].values()
+    )
+
+
 def _verdict(numbers: dict[str, dict[str, Any]]) -> str:
     parts = []
     for name, found in numbers.items():
         lost, real, made = gap(found), found["held-out"]["accuracy"], found["generated"]["accuracy"]
         change, error = made.mean - real.mean, math.hypot(made.stderr, real.stderr)
-        memorised = "memorised" if lost.mean > 2 * lost.stderr else "no sign of memorisation"
+        memorised = "images trained on are likelier than held-out ones" if lost.mean > 2 * lost.stderr else "no sign of memorisation"
         unlike = "unlike" if abs(change) > 2 * error else "not told from"
         parts.append(
             f"{name}: {memorised} ({lost.mean:+.3f} ± {lost.stderr:.3f} bits per dimension, held-out less trained on); generated images are {unlike} held-out ones by the accuracy "
