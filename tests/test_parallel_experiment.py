@@ -51,6 +51,7 @@ def test_rounds_at_equal_error_are_interpolated_in_the_logarithm_and_never_extra
     assert at_error(points, 0.1) == pytest.approx((5.5, 2.0))  # the looser run's luck does not count
     assert at_error(points, 5e-5) is None
     assert at_error(points, 2.0) is None
+    assert at_error([(0.0, 20.0, 8.0), (1.0, 2.0, 1.0)], 1e-6) == pytest.approx((11.0, 4.5))
 
 
 def test_a_trace_knows_what_each_round_cost_and_how_far_it_got():

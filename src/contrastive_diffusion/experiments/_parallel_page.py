@@ -65,7 +65,7 @@ def at_error(points: Sequence[tuple[float, float, float]], error: float) -> tupl
 
     The error of a run counts as that of the worst run at least as strict: a sample that changes modes at one tolerance spoils all looser ones.
     """
-    errors = np.maximum.accumulate([p[0] for p in points])
+    errors = np.maximum.accumulate([max(p[0], 1e-12) for p in points])  # one that is exact has a logarithm too
     if not errors[0] <= error <= errors[-1]:
         return None
     rounds, evals = (float(np.interp(math.log(error), np.log(errors), [p[k] for p in points])) for k in (1, 2))
