@@ -15,12 +15,12 @@ import torch
 from _common import options, show, write
 from torch import Tensor
 
-from contrastive_diffusion import likelihood
 from contrastive_diffusion.channel import compose, corrupt, per_row
 from contrastive_diffusion.data.mixtures import GaussianMixture
 from contrastive_diffusion.data.toys import dino, two_modes
 from contrastive_diffusion.denoisers import Denoiser, finest_of, noised
 from contrastive_diffusion.likelihood import MARGIN, llr
+from contrastive_diffusion.likelihood.points import grouped_noise, own_scale
 from contrastive_diffusion.recipes import Loss, Net
 from contrastive_diffusion.schedules import Plateau, Schedule, logistic, slope
 from contrastive_diffusion.training import State, Training, train
@@ -84,14 +84,14 @@ def variant(name: str, denoiser: Denoiser, x: Tensor, zeta: float, evals: int, g
     n, stage, finest = evals // 2, VARIANTS.index(name), finest_of(denoiser)
     logsnr, weight, eps = _points(paper, x, n, generator)
     if stage >= VARIANTS.index("plateau"):
-        low = torch.maximum(torch.tensor(zeta), likelihood._scale(x)).clamp(max=finest) - MARGIN
+        low = torch.maximum(torch.tensor(zeta), own_scale(x)).clamp(max=finest) - MARGIN
         u = torch.rand((len(x), n if stage < VARIANTS.index("equal spacing") else 1), generator=generator, dtype=torch.float64)
         u = u if stage < VARIANTS.index("strata") else (torch.arange(n) + u) / n
         logsnr, weight = slope(Plateau(low[:, None], finest + MARGIN), u.clamp(1e-12, 1 - 1e-12))
     if name == "pairs":
         eps = torch.stack([eps[:, ::2], -eps[:, ::2]], 2).flatten(1, 2)
     if name == "groups":
-        eps = likelihood._noise(x, n, generator)
+        eps = grouped_noise(x, n, generator)
     return shared(denoiser, x, zeta, (logsnr, weight, eps))
 
 

@@ -6,13 +6,24 @@ import pytest
 import scipy.stats
 import torch
 
-from contrastive_diffusion import likelihood, metrics
+from contrastive_diffusion import metrics
 from contrastive_diffusion.channel import corrupt
 from contrastive_diffusion.data.mixtures import GaussianMixture
 from contrastive_diffusion.data.toys import dino, two_modes
 from contrastive_diffusion.denoisers import Counted, noised, unit_noise
 from contrastive_diffusion.errors import RunError, UsageError
-from contrastive_diffusion.likelihood import _noise, _radius, credible_interval, discrete_nll, llr, mse_curve, nll, noise_posterior, ood_score
+from contrastive_diffusion.likelihood import (
+    control,
+    credible_interval,
+    densities,
+    discrete_nll,
+    llr,
+    mse_curve,
+    nll,
+    noise_posterior,
+    ood_score,
+    points,
+)
 
 LAWS = {"dino": dino, "two-modes": two_modes}
 ZETAS = (-6.0, 0.0, 6.0, 9.0, 12.0, 15.0)
@@ -221,13 +232,13 @@ def test_memory_is_bounded_by_max_rows(generator):
 def test_the_radius_is_the_chi_quantile(dim):
     quantile = torch.tensor([1e-12, 1e-6, 0.01, 0.3, 0.5, 0.9, 1 - 1e-6, 1 - 1e-12], dtype=torch.float64)
     truth = torch.from_numpy(scipy.stats.chi(dim).ppf(quantile.numpy()))
-    torch.testing.assert_close(_radius(quantile, dim), truth, rtol=1e-9, atol=0)
+    torch.testing.assert_close(points.radius(quantile, dim), truth, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("dim", [1, 2, 5])
 def test_noise_comes_in_groups_and_each_point_is_standard_normal(dim, even, generator):
-    eps = _noise(torch.zeros(5000, dim, dtype=torch.float64), 8, generator, even=even).unflatten(1, (2, 4))
+    eps = points.grouped_noise(torch.zeros(5000, dim, dtype=torch.float64), 8, generator, even=even).unflatten(1, (2, 4))
     u, minus_u, v, minus_v = eps.unbind(2)
     for one, other in ((u, minus_u), (v, minus_v)):
         torch.testing.assert_close(one / one.norm(dim=2, keepdim=True), -other / other.norm(dim=2, keepdim=True))
@@ -248,7 +259,7 @@ def test_groups_and_equal_spacing_pay(generator, monkeypatch):
     law = GaussianMixture(torch.randn(5, 64, generator=generator), 0.3)
     x = law.sample(200, generator, torch.float64)
     grouped = float((llr(law, x, 6.0, 64, generator).mean - law.llr(x, 6.0)).square().mean())
-    monkeypatch.setattr(likelihood, "_noise", lambda x, n, g, spread=False, even=False: unit_noise((len(x), n, *x.shape[1:]), x, g))
+    monkeypatch.setattr(points, "grouped_noise", lambda x, n, g, spread=False, even=False: unit_noise((len(x), n, *x.shape[1:]), x, g))
     alone = float((llr(law, x, 6.0, 64, generator).mean - law.llr(x, 6.0)).square().mean())
     assert grouped < 0.05 * alone
 
@@ -258,7 +269,7 @@ def test_the_curve_gains_at_fine_levels_too(generator, monkeypatch):
     law, levels = two_modes(), torch.tensor([8.0])
     x = law.sample(20, generator, torch.float64).repeat_interleave(50, 0)
     own = mse_curve(law, x, levels, 32, generator).mean.reshape(20, 50).var(1).mean()
-    monkeypatch.setattr(likelihood, "_noise", lambda x, n, g, even: unit_noise((len(x), n, *x.shape[1:]), x, g))
+    monkeypatch.setattr(densities, "grouped_noise", lambda x, n, g, even: unit_noise((len(x), n, *x.shape[1:]), x, g))
     assert own < 0.5 * mse_curve(law, x, levels, 32, generator).mean.reshape(20, 50).var(1).mean()
 
 
@@ -280,7 +291,7 @@ def test_the_control_variate_has_mean_zero_and_pays(generator, monkeypatch):
     deviation = {}
     for name in ("with", "without"):
         deviation[name] = float((llr(law, x, 9.0, 128, generator).mean - law.llr(x, 9.0)).square().mean())
-        monkeypatch.setattr(likelihood, "_features", lambda *_: None)
+        monkeypatch.setattr(control, "_features", lambda *_: None)
     assert deviation["with"] < 0.3 * deviation["without"]
 
 
