@@ -103,6 +103,13 @@ def test_removing_the_curvature_takes_the_noise_out_of_the_loss(generator):
     assert abs(losses["removed"] - exact) < 0.5 * abs(losses["kept"] - exact)
 
 
+@pytest.mark.parametrize("batch", [2, 8, 16, 17, 32, 48, 96, 224, 512])
+def test_the_contrastive_loss_costs_what_it_says_and_no_more_than_the_plain_one(batch, generator, gaussian):
+    counted = Counted(gaussian)
+    Contrastive()(counted, gaussian.sample(batch, generator), generator)
+    assert counted.rows == Contrastive().evals(batch) <= max(16, batch)
+
+
 @pytest.mark.parametrize("clean", [0.1, 0.25, 0.5, 0.9])
 def test_labels_come_in_the_share_asked_for_and_never_alone(clean):
     for rows in (2, 4, 10, 40):

@@ -106,8 +106,9 @@ class Contrastive:
 
     Args:
         zeta: law of the contrasted level. It should cover the sampler's own range: [6, 15] as in the paper trains levels that no sampler visits.
-        points: (alpha, eps) points per row and ratio, a multiple of four; each costs two evaluations.
-        share: share of the batch's rows that are contrasted, at least two: at the default a batch under 64 costs more than twice a plain one.
+        points: (alpha, eps) points per row and ratio, a multiple of four; each costs two evaluations. Fewer where a batch is too small for them.
+        share: share of the batch's rows that are contrasted, at least two. The loss spends at most 2 points share evaluations for each row of the
+            batch: at the defaults one, as much as the plain loss (more only in batches under 16, where two rows of four points are left).
         clean: share of the contrasted rows with label +1, in (0, 1). Balanced labels make the ratio the logit of the classifier; others shift it
             by log(clean / (1 - clean)), which is accounted for.
         through: which readings of a ratio carry gradient: "both", or only that of the data ("clean") or of its noised law ("noised"). The optimum
@@ -138,19 +139,23 @@ class Contrastive:
         )
 
     def __call__(self, denoiser: Denoiser, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        rows = self._rows(len(check_data(x)))
+        rows, points = self._plan(len(check_data(x)))
         require(len(x) >= 2, f"a batch of {len(x)}", "at least 2 rows, one of each label")
         zeta, _ = draw(self.zeta, rows, generator)
         label = self._labels(rows).to(x)  # the draw of zeta is in random order: levels and labels are independent
         zeta = zeta.to(x.device)
         chosen = torch.where((label > 0).reshape(-1, *[1] * (x.dim() - 1)), x[:rows], noised(x[:rows], zeta, generator))
-        values = llr_points(denoiser, chosen, zeta, self.points, generator, finest=self.finest, through=self.through)
+        values = llr_points(denoiser, chosen, zeta, points, generator, finest=self.finest, through=self.through)
         logit = label * (values.mean(1) - math.log(self.clean / (1 - self.clean)))
         loss = softplus(logit) - self._curvature(values, logit)
         return {"loss": loss.mean(), "accuracy": (logit < 0).to(x.dtype).mean().detach()}
 
-    def _rows(self, batch: int) -> int:
-        return min(batch, max(2, 2 * round(batch * self.share / 2)))
+    def _plan(self, batch: int) -> tuple[int, int]:
+        """Rows and points of a batch, within its budget of 2 points share evaluations a row."""
+        rows = min(batch, max(2, 2 * round(batch * self.share / 2)))
+        paid = int(batch * self.share * self.points / max(rows, 1) / GROUP + 1e-9) * GROUP
+        least = GROUP if self.curvature == "kept" else 2 * GROUP
+        return rows, max(least, min(self.points, paid))
 
     def _labels(self, rows: int) -> Tensor:
         """+1 or -1 in turn, in the shares asked for, at least one of each."""
@@ -168,7 +173,8 @@ class Contrastive:
         return 0.5 * variance * torch.sigmoid(logit) * torch.sigmoid(-logit)
 
     def evals(self, batch: int) -> int:
-        return self._rows(batch) * 2 * self.points
+        rows, points = self._plan(batch)
+        return rows * 2 * points
 
 
 @dataclass(frozen=True)
