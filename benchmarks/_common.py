@@ -27,8 +27,12 @@ def show(rows: list[dict[str, Any]], width: int = 16) -> None:
     print("  ".join(f"{v:>{width}.4g}" if isinstance(v, float) else f"{v!s:>{width}}" for v in rows[-1].values()), flush=True)
 
 
+def made() -> dict[str, Any]:
+    """What the numbers of this run depend on: the environment and the command."""
+    return environment() | {"command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])}
+
+
 def write(out: Path | None, found: dict[str, Any], **about: Any) -> None:
-    """Writes what was found, with the environment and the command, if a file was asked for."""
+    """Writes what was found and how, if a file was asked for."""
     if out:
-        command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-        write_atomic(out, json.dumps({"environment": environment() | {"command": command} | about} | found, indent=1))
+        write_atomic(out, json.dumps({"environment": made() | about} | found, indent=1))

@@ -18,14 +18,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _common import options, show, write
+from _common import made, options, show, write
 from torch import Tensor
 
 from contrastive_diffusion import schedules, solvers
 from contrastive_diffusion.data.mixtures import GaussianMixture
 from contrastive_diffusion.data.toys import dino
 from contrastive_diffusion.metrics import frechet
-from contrastive_diffusion.runs import environment
 from contrastive_diffusion.sampling import START, Sequential, normal, walk
 from contrastive_diffusion.solvers import StepMap
 
@@ -176,7 +175,7 @@ def main() -> None:
     found: dict[str, Any] = json.loads(chosen.out.read_text()) if chosen.only and chosen.out and chosen.out.exists() else {}
     for name, measure in {"overhead": all_overheads, "error": all_errors}.items():
         if chosen.only in (None, name):
-            found[name] = {"environment": environment(), "found": measure(chosen.quick)}
+            found[name] = {"environment": made(), "found": measure(chosen.quick)}
     write(chosen.out, found)
 
 
