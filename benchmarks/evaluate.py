@@ -150,7 +150,7 @@ def main() -> None:
         ratios[metric] = {
             "time": ours["cpu seconds"] / theirs["cpu seconds"],
             "wall": ours["seconds"] / theirs["seconds"],
-            "memory": ours["peak MB"] / theirs["peak MB"],
+            "memory": ours["peak MB"] / max(theirs["peak MB"], 1.0),  # tiny sets leave no trace
         }
         print(
             f"{metric:<9}{'ratio':<14}{ratios[metric]['time']:>9.2f}  {ratios[metric]['memory']:>10.2f}     targets {TARGETS['time']}, {TARGETS['memory']}"
