@@ -74,15 +74,18 @@ def table(config: Compared, found: Found, title: str, paper: dict[str, Paper] | 
     columns += [*(["the paper's FID", "the paper's FID, CDL"] if cited else []), "evaluations a sample, plain", "contrastive"]
     rows = [_row(found, net, point, cited) for net in found.nets for point in found.points]
     sets = config.sets
-    held = ", ".join(
-        f"{heading(found, k)} {SCALES[k] * found.control.get(f'{k}, extrapolated', found.control[k]):.3g}" for k in keys(found) if k in found.control
-    )
+    held = ", ".join(f"{heading(found, k)} {expected(found, k):.3g}" for k in keys(found) if k in found.control)
     caption = (
         f"{sets.n:,} samples for each of {sets.seeds} seeds; ± standard error over seeds; differences are paired by seed (the same noise for both networks), with 95 % intervals. "
         f"Features: {sets.extractor}. Lower is better. Values are at this n; results.json has those extrapolated to n without end."
-        + (f" Held-out images: {held}." if held else "")
+        + (f" Held-out images, which are few, extrapolated: {held}." if held else "")
     )
     return page.table(title, columns, rows, caption)
+
+
+def expected(found: Found, key: str) -> float:
+    """What held-out images score, without the part that is due to their number where the measure has one."""
+    return SCALES[key] * found.control.get(f"{key}, extrapolated", found.control[key])
 
 
 def _row(found: Found, net: str, point: Point, cited: dict[str, tuple[Number, Number]]) -> list[Any]:
