@@ -39,9 +39,8 @@ def run(config: Config) -> Path:
     title, figures = "EDM's deterministic sampler over evaluations", []
     for key in show.keys(found):
         curves = [show.curve(found, arrays, arm, points, config.evals, key, f"{key}.{arm.branch}") for arm in found.arms]
-        levels = {"held-out images, extrapolated": show.expected(found, key)} if found.control else {}
         figures.append(page.lines(f"{show.heading(found, key)} over evaluations", "evaluations a sample", show.heading(found, key), curves,
-                                  f"{config.sets.n:,} samples for each of {config.sets.seeds} seeds; bands: one standard error over seeds.", logx=True, levels=levels))  # fmt: skip
+                                  f"{config.sets.n:,} samples for each of {config.sets.seeds} seeds; bands: one standard error over seeds.", logx=True))  # fmt: skip
     blocks = [page.text(show.verdict(found)), *figures, show.table(config, found, title)]
     show.finish(main, "fig6", title, found, blocks, arrays)
     return main.path

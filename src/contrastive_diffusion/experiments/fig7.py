@@ -30,8 +30,8 @@ class Config:
     """The recipe of the digits networks; trained once in its folder."""
     sets: Sets = Field(default_factory=Sets)
     """Samples, seeds, features."""
-    churn: tuple[float, ...] = (0.0, 5.0, 10.0, 20.0, 30.0)
-    """EDM's S_churn."""
+    churn: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 7.0)
+    """EDM's S_churn; above 0.414 of the steps more has no effect."""
     s_noise: tuple[float, ...] = (1.0, 1.007)
     """EDM's S_noise."""
     s_min: float = Field(default=0.01, ge=0)
